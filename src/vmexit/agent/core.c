@@ -1,0 +1,524 @@
+/* Events, rings and questions: what the agent does at a trap, in the vCPU's thread, whichever door the trap came through. */
+#define _GNU_SOURCE
+#include "clock.h"
+#include "core.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/membarrier.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* Room for records over all rings, in bytes; a ring gets its share as a power of two between the two bounds. */
+enum { RINGS_BYTES = 8 << 20, RING_MOST = 16384, RING_LEAST = 512 };
+/* A vCPU that waits looks this often whether the debugger is still there, in milliseconds. */
+enum { WAIT_MS = 100 };
+
+struct table {
+    struct table *retired; /* the next older one that a vCPU may still be reading */
+    size_t count;
+    uint32_t last_id;
+    struct vmexit_event events[];
+};
+
+struct vcpu {
+    /* The table that this vCPU reads at the moment, so that it is not freed; null outside of a trap. */
+    struct table *reading;
+    struct vmexit_ring *ring;
+    struct vmexit_record *records;
+    uint64_t head; /* the ring's, kept where the debugger cannot write */
+    int eventfd;
+    char line[64 - 3 * sizeof(void *) - sizeof(uint64_t) - sizeof(int)];
+};
+
+static struct {
+    const struct door *door;
+    struct vmexit_shared *shared;
+    struct vcpu *vcpus;
+    unsigned vcpu_count;
+    uint64_t ring_mask;
+    int shared_fd;
+    int debugger_eventfd;
+    struct table *table;
+    struct table *retired;
+    uint64_t sequence; /* of the next record */
+    uint32_t session; /* odd while a debugger is attached, and another number for each one */
+    bool drop;
+    bool has_membarrier;
+} core = {.shared_fd = -1, .debugger_eventfd = -1};
+
+uint64_t core_interest[2][2 * 8192 / 64];
+uint32_t core_interest_elsewhere;
+
+static struct table no_events;
+
+/* ---- set-up ---- */
+
+static uint32_t ring_records(unsigned vcpus)
+{
+    uint32_t records = RING_MOST;
+    while (records > RING_LEAST && (uint64_t)records * sizeof(struct vmexit_record) * vcpus > RINGS_BYTES)
+        records /= 2;
+    return records;
+}
+
+static uint64_t page_round(uint64_t bytes)
+{
+    uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+    return (bytes + page - 1) / page * page;
+}
+
+bool core_init(const struct door *door, unsigned vcpus)
+{
+    uint32_t records = ring_records(vcpus);
+    uint64_t rings_offset = sizeof(struct vmexit_shared);
+    uint64_t records_offset = page_round(rings_offset + vcpus * sizeof(struct vmexit_ring));
+    uint64_t size = page_round(records_offset + (uint64_t)vcpus * records * sizeof(struct vmexit_record));
+
+    core.shared_fd = memfd_create("vmexit", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    core.debugger_eventfd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    core.vcpus = aligned_alloc(64, vcpus * sizeof *core.vcpus);
+    if (core.shared_fd < 0 || core.debugger_eventfd < 0 || core.vcpus == NULL || ftruncate(core.shared_fd, (off_t)size) != 0)
+        return false;
+    /* Nobody who gets the descriptor can shrink the file under the agent's feet. */
+    fcntl(core.shared_fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL);
+    char *base = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, core.shared_fd, 0);
+    if (base == MAP_FAILED)
+        return false;
+
+    core.shared = (struct vmexit_shared *)base;
+    *core.shared = (struct vmexit_shared){
+        .magic = VMEXIT_WIRE_MAGIC,
+        .version = VMEXIT_WIRE_VERSION,
+        .vcpus = vcpus,
+        .ring_records = records,
+        .records_offset = records_offset,
+        .size = size,
+    };
+    for (unsigned i = 0; i < vcpus; i++)
+        core.vcpus[i] = (struct vcpu){
+            .ring = (struct vmexit_ring *)(base + rings_offset) + i,
+            .records = (struct vmexit_record *)(base + records_offset) + (uint64_t)i * records,
+            .eventfd = -1,
+        };
+    clock_init();
+    core.has_membarrier = syscall(SYS_membarrier, MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED, 0, 0) == 0;
+    core.door = door;
+    core.vcpu_count = vcpus;
+    core.ring_mask = records - 1;
+    core.table = &no_events;
+    return true;
+}
+
+const struct door *core_door(void) { return core.door; }
+unsigned core_vcpus(void) { return core.vcpu_count; }
+int core_shared_fd(void) { return core.shared_fd; }
+int core_debugger_eventfd(void) { return core.debugger_eventfd; }
+
+int core_vcpu_eventfd(unsigned vcpu)
+{
+    return vcpu < core.vcpu_count ? __atomic_load_n(&core.vcpus[vcpu].eventfd, __ATOMIC_ACQUIRE) : -1;
+}
+
+void core_vcpu_up(unsigned vcpu)
+{
+    if (vcpu < core.vcpu_count && core.vcpus[vcpu].eventfd < 0)
+        __atomic_store_n(&core.vcpus[vcpu].eventfd, eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), __ATOMIC_RELEASE);
+}
+
+/* ---- the table of events ---- */
+
+/* Takes the current table for reading: says that it is read, then looks again. With a barrier between the two, either the link's
+ * thread sees that this vCPU reads the table and keeps it, or this vCPU sees the newer one and tries again. The barrier is the link
+ * thread's membarrier(2), which costs a trap nothing; a fence here where the kernel has none. */
+static const struct table *table_enter(struct vcpu *vcpu)
+{
+    for (;;) {
+        struct table *table = __atomic_load_n(&core.table, __ATOMIC_ACQUIRE);
+        __atomic_store_n(&vcpu->reading, table, __ATOMIC_RELAXED);
+        if (core.has_membarrier)
+            __atomic_signal_fence(__ATOMIC_SEQ_CST);
+        else
+            __atomic_thread_fence(__ATOMIC_SEQ_CST);
+        if (table == __atomic_load_n(&core.table, __ATOMIC_RELAXED))
+            return table;
+    }
+}
+
+static void table_leave(struct vcpu *vcpu)
+{
+    __atomic_store_n(&vcpu->reading, NULL, __ATOMIC_RELEASE);
+}
+
+static bool table_is_read(const struct table *table)
+{
+    for (unsigned i = 0; i < core.vcpu_count; i++)
+        if (__atomic_load_n(&core.vcpus[i].reading, __ATOMIC_SEQ_CST) == table)
+            return true;
+    return false;
+}
+
+static void free_retired_tables(void)
+{
+    if (core.has_membarrier)
+        syscall(SYS_membarrier, MEMBARRIER_CMD_PRIVATE_EXPEDITED, 0, 0);
+    struct table **link = &core.retired;
+    while (*link != NULL) {
+        struct table *table = *link;
+        if (table_is_read(table)) {
+            link = &table->retired;
+            continue;
+        }
+        *link = table->retired;
+        free(table);
+    }
+}
+
+static bool event_is_sound(const struct vmexit_event *event, uint32_t previous_id)
+{
+    if (event->id <= previous_id || event->slot >= VMEXIT_MAX_EVENTS || event->reserved != 0)
+        return false;
+    if (event->access == 0 || event->access > (VMEXIT_WRMSR | VMEXIT_RDMSR))
+        return false;
+    if (event->stages == 0 || event->stages > (VMEXIT_PRE | VMEXIT_POST))
+        return false;
+    if (event->actions == 0 || event->actions > (VMEXIT_RECORD | VMEXIT_ASK | VMEXIT_BREAK))
+        return false;
+    if (event->flags > (VMEXIT_ENABLED | VMEXIT_SHORT_CIRCUIT | VMEXIT_IMMEDIATE))
+        return false;
+    if (event->range_count == 0 || event->range_count > VMEXIT_MAX_RANGES)
+        return false;
+    for (uint32_t i = 0; i < event->range_count; i++)
+        if (event->ranges[i].first > event->ranges[i].last)
+            return false;
+    return true;
+}
+
+static uint32_t needed_capabilities(const struct vmexit_event *event)
+{
+    return VMEXIT_CAN_RECORD | (event->stages & VMEXIT_POST ? VMEXIT_CAN_POST : 0) |
+           (event->actions & VMEXIT_ASK ? VMEXIT_CAN_READ : 0) | (event->actions & VMEXIT_BREAK ? VMEXIT_CAN_BREAK : 0) |
+           (event->flags & VMEXIT_SHORT_CIRCUIT ? VMEXIT_CAN_SKIP : 0);
+}
+
+static void add_interest(uint64_t *bitmap, uint32_t offset, uint32_t first, uint32_t last, struct vmexit_range range)
+{
+    uint32_t from = range.first > first ? range.first : first;
+    uint32_t to = range.last < last ? range.last : last;
+    for (uint64_t msr = from; from <= to && msr <= to; msr++) {
+        uint32_t bit = offset + (uint32_t)msr - first;
+        bitmap[bit / 64] |= UINT64_C(1) << (bit % 64);
+    }
+}
+
+static void publish_interest(const struct table *table)
+{
+    uint64_t bitmap[2][2 * 8192 / 64] = {0};
+    uint32_t elsewhere = 0;
+    for (size_t i = 0; i < table->count; i++) {
+        const struct vmexit_event *event = &table->events[i];
+        if (!(event->flags & VMEXIT_ENABLED))
+            continue;
+        for (uint32_t r = 0; r < event->range_count; r++) {
+            struct vmexit_range range = event->ranges[r];
+            for (unsigned access = VMEXIT_WRMSR; access <= VMEXIT_RDMSR; access++) {
+                if (!(event->access & access))
+                    continue;
+                add_interest(bitmap[access - 1], 0, 0, 0x1fff, range);
+                add_interest(bitmap[access - 1], 8192, 0xc0000000, 0xc0001fff, range);
+                if (range.last > 0x1fff && (range.first < 0xc0000000 || range.last > 0xc0001fff))
+                    elsewhere |= access;
+            }
+        }
+    }
+    for (unsigned access = 0; access < 2; access++)
+        for (size_t i = 0; i < sizeof bitmap[0] / sizeof bitmap[0][0]; i++)
+            __atomic_store_n(&core_interest[access][i], bitmap[access][i], __ATOMIC_RELAXED);
+    __atomic_store_n(&core_interest_elsewhere, elsewhere, __ATOMIC_RELEASE);
+}
+
+static void replace_table(struct table *table)
+{
+    struct table *old = core.table;
+    __atomic_store_n(&core.table, table, __ATOMIC_SEQ_CST);
+    publish_interest(table);
+    if (old != &no_events) {
+        old->retired = core.retired;
+        core.retired = old;
+    }
+    free_retired_tables();
+}
+
+int core_set_events(const struct vmexit_event *events, size_t count)
+{
+    if (count > VMEXIT_MAX_EVENTS)
+        return VMEXIT_REFUSED;
+    for (size_t i = 0; i < count; i++) {
+        if (!event_is_sound(&events[i], i == 0 ? 0 : events[i - 1].id))
+            return VMEXIT_REFUSED;
+        if (needed_capabilities(&events[i]) & ~core.door->capabilities)
+            return VMEXIT_UNAVAILABLE;
+    }
+    struct table *table = malloc(sizeof *table + count * sizeof *events);
+    if (table == NULL)
+        return VMEXIT_UNAVAILABLE;
+    *table = (struct table){.count = count, .last_id = count ? events[count - 1].id : 0};
+    if (count)
+        memcpy(table->events, events, count * sizeof *events);
+    replace_table(table);
+    return VMEXIT_OK;
+}
+
+void core_set_overflow_drop(bool drop) { __atomic_store_n(&core.drop, drop, __ATOMIC_RELAXED); }
+
+/* ---- sleeping and waking ---- */
+
+static uint32_t current_session(void) { return __atomic_load_n(&core.session, __ATOMIC_ACQUIRE); }
+
+/* Whether the debugger of that session is still attached. */
+static bool is_alive(uint32_t session) { return (session & 1) && current_session() == session; }
+
+static void wake(int fd)
+{
+    uint64_t one = 1;
+    /* EAGAIN: the counter is full, so the sleeper is awake already. */
+    while (write(fd, &one, sizeof one) < 0 && errno == EINTR)
+        ;
+}
+
+/* Wakes the debugger if it has gone to sleep. The fence orders the record's head before the look at `sleeping`; the debugger does
+ * the two the other way round. */
+static void wake_debugger(void)
+{
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    if (__atomic_load_n(&core.shared->sleeping, __ATOMIC_RELAXED)) {
+        __atomic_store_n(&core.shared->sleeping, 0, __ATOMIC_RELAXED);
+        wake(core.debugger_eventfd);
+    }
+}
+
+static void sleep_on(struct trap *trap, struct vcpu *vcpu)
+{
+    uint64_t count;
+    struct pollfd fd = {.fd = vcpu->eventfd, .events = POLLIN};
+    trap->door->before_sleep(trap);
+    if (poll(&fd, 1, WAIT_MS) > 0)
+        (void)!read(vcpu->eventfd, &count, sizeof count);
+    trap->door->after_sleep(trap);
+}
+
+/* ---- records ---- */
+
+static bool has_room(const struct vcpu *vcpu)
+{
+    /* A tail that runs ahead of the head is no honest debugger's: then there is no room. */
+    return vcpu->head - __atomic_load_n(&vcpu->ring->tail, __ATOMIC_ACQUIRE) <= core.ring_mask;
+}
+
+static bool wait_for_room(struct trap *trap, struct vcpu *vcpu)
+{
+    struct vmexit_ring *ring = vcpu->ring;
+    const uint32_t session = current_session();
+    __atomic_store_n(&ring->waits, ring->waits + 1, __ATOMIC_RELAXED);
+    while (is_alive(session)) {
+        __atomic_store_n(&ring->waiting, 1, __ATOMIC_SEQ_CST);
+        wake_debugger();
+        if (has_room(vcpu))
+            break;
+        sleep_on(trap, vcpu);
+    }
+    __atomic_store_n(&ring->waiting, 0, __ATOMIC_RELAXED);
+    return is_alive(session);
+}
+
+/* Writes one record and gives its sequence number; UINT64_MAX where it was dropped or the debugger is gone. What the debugger must
+ * answer or show (a question, a break) waits for room under every policy. */
+static uint64_t publish(struct trap *trap, struct vcpu *vcpu, const struct vmexit_event *event, unsigned action, unsigned flags)
+{
+    struct vmexit_ring *ring = vcpu->ring;
+    if (!has_room(vcpu)) {
+        if (action == VMEXIT_RECORD && __atomic_load_n(&core.drop, __ATOMIC_RELAXED)) {
+            __atomic_store_n(&ring->dropped, ring->dropped + 1, __ATOMIC_RELAXED);
+            return UINT64_MAX;
+        }
+        if (!wait_for_room(trap, vcpu))
+            return UINT64_MAX;
+    }
+    uint64_t head = vcpu->head++;
+    uint64_t sequence = __atomic_fetch_add(&core.sequence, 1, __ATOMIC_RELAXED);
+    vcpu->records[head & core.ring_mask] = (struct vmexit_record){
+        .sequence = sequence,
+        .time_ns = clock_now(),
+        .rip = trap->rip,
+        .rsp = trap->rsp,
+        .value = trap->value,
+        .msr = trap->msr,
+        .event = event->id,
+        .vcpu = (uint16_t)trap->vcpu,
+        .access = trap->access,
+        .stage = trap->stage,
+        .action = (uint8_t)action,
+        .flags = (uint8_t)(trap->flags | flags),
+        .length = trap->length,
+    };
+    if (action == VMEXIT_ASK)
+        __atomic_store_n(&ring->question.asked, sequence + 1, __ATOMIC_RELEASE);
+    __atomic_store_n(&ring->head, head + 1, __ATOMIC_RELEASE);
+    bool urgent = (event->flags & VMEXIT_IMMEDIATE) || action != VMEXIT_RECORD;
+    if (urgent)
+        __atomic_store_n(&ring->urgent, head + 1, __ATOMIC_RELEASE);
+    /* What need not be seen at once is fetched by the debugger from time to time; when half the ring is full it is called. */
+    if (urgent || ((head + 1) & (core.ring_mask >> 1)) == 0)
+        wake_debugger();
+    return sequence;
+}
+
+/* ---- questions ---- */
+
+#define WRITABLE ((UINT32_C(1) << VMEXIT_ASKED_REGISTERS) - 1)
+
+static bool answer_is_sound(const struct vmexit_question *question)
+{
+    return (question->changed & ~WRITABLE) == 0 && question->skip <= 1;
+}
+
+/* Stops the vCPU until the debugger has answered. An unsound answer, and a debugger that dies, change nothing. */
+static void ask(struct trap *trap, struct vcpu *vcpu, const struct vmexit_event *event, struct progress *progress)
+{
+    struct vmexit_question *question = &vcpu->ring->question;
+    const uint32_t session = current_session();
+    question->changed = 0;
+    question->skip = progress->skip;
+    trap->door->get_asked(trap, question->registers);
+    uint64_t sequence = publish(trap, vcpu, event, VMEXIT_ASK, progress->skip ? VMEXIT_SKIPPED : 0);
+    if (sequence == UINT64_MAX)
+        return;
+    while (is_alive(session) && __atomic_load_n(&question->answered, __ATOMIC_ACQUIRE) != sequence + 1)
+        sleep_on(trap, vcpu);
+    bool answered = __atomic_load_n(&question->answered, __ATOMIC_ACQUIRE) == sequence + 1;
+    __atomic_store_n(&question->asked, 0, __ATOMIC_RELEASE);
+    struct vmexit_question answer = *question;
+    if (!answered || !answer_is_sound(&answer))
+        return;
+    if (!progress->decided)
+        progress->skip = answer.skip;
+    if (answer.changed == 0)
+        return;
+    trap->door->set_asked(trap, answer.registers, answer.changed);
+    trap->msr = (uint32_t)answer.registers[VMEXIT_RCX];
+    trap->value = answer.registers[VMEXIT_RDX] << 32 | (uint32_t)answer.registers[VMEXIT_RAX];
+    trap->rsp = answer.registers[VMEXIT_RSP];
+}
+
+bool core_is_asking(unsigned vcpu)
+{
+    return vcpu < core.vcpu_count && __atomic_load_n(&core.vcpus[vcpu].ring->question.asked, __ATOMIC_ACQUIRE) != 0;
+}
+
+/* ---- events ---- */
+
+static bool has_msr(const struct vmexit_event *event, uint32_t msr)
+{
+    for (uint32_t i = 0; i < event->range_count; i++)
+        if (msr - event->ranges[i].first <= event->ranges[i].last - event->ranges[i].first)
+            return true;
+    return false;
+}
+
+static bool matches(const struct vmexit_event *event, const struct trap *trap, unsigned stage)
+{
+    return (event->flags & VMEXIT_ENABLED) && (event->access & trap->access) && (event->stages & stage) &&
+           (event->core == VMEXIT_ALL_CORES || event->core == trap->vcpu) && has_msr(event, trap->msr);
+}
+
+static void act(struct trap *trap, struct vcpu *vcpu, const struct vmexit_event *event, struct progress *progress)
+{
+    uint64_t *hits = &vcpu->ring->hits[event->slot];
+    __atomic_store_n(hits, *hits + 1, __ATOMIC_RELAXED);
+    unsigned flags = progress->skip ? VMEXIT_SKIPPED : 0;
+    if (event->actions & VMEXIT_RECORD)
+        publish(trap, vcpu, event, VMEXIT_RECORD, flags);
+    if (event->actions & VMEXIT_ASK)
+        ask(trap, vcpu, event, progress);
+    if (event->actions & VMEXIT_BREAK)
+        publish(trap, vcpu, event, VMEXIT_BREAK, progress->skip ? VMEXIT_SKIPPED : 0);
+}
+
+enum verdict core_pre(struct trap *trap, struct progress *progress)
+{
+    struct vcpu *vcpu = &core.vcpus[trap->vcpu];
+    const struct table *table = table_enter(vcpu);
+    trap->stage = VMEXIT_PRE;
+    for (size_t i = 0; i < table->count && table->events[i].id <= progress->limit; i++) {
+        const struct vmexit_event *event = &table->events[i];
+        if (event->id <= progress->after || !matches(event, trap, VMEXIT_PRE))
+            continue;
+        /* Each event that acts sets the short-circuit state anew, so the last one decides. */
+        if (!progress->decided)
+            progress->skip = event->flags & VMEXIT_SHORT_CIRCUIT;
+        act(trap, vcpu, event, progress);
+        if ((event->actions & VMEXIT_BREAK) && is_alive(current_session())) {
+            progress->after = event->id;
+            if (progress->limit == UINT32_MAX)
+                progress->limit = table->last_id;
+            table_leave(vcpu);
+            return STOP;
+        }
+    }
+    progress->after = PROGRESS_DONE;
+    trap->wants_post = false;
+    for (size_t i = 0; i < table->count && !progress->skip && !trap->wants_post; i++)
+        trap->wants_post = matches(&table->events[i], trap, VMEXIT_POST);
+    table_leave(vcpu);
+    return progress->skip ? SKIP : CARRY_OUT;
+}
+
+enum verdict core_post(struct trap *trap)
+{
+    struct vcpu *vcpu = &core.vcpus[trap->vcpu];
+    const struct table *table = table_enter(vcpu);
+    enum verdict verdict = CARRY_OUT;
+    trap->stage = VMEXIT_POST;
+    /* What ran is the MSR of before, whatever ECX a question of this stage leaves behind. */
+    const uint32_t msr = trap->msr;
+    for (size_t i = 0; i < table->count; i++) {
+        const struct vmexit_event *event = &table->events[i];
+        struct progress progress = PROGRESS_BEGIN;
+        if (!matches(event, trap, VMEXIT_POST))
+            continue;
+        act(trap, vcpu, event, &progress);
+        trap->msr = msr;
+        if ((event->actions & VMEXIT_BREAK) && is_alive(current_session()))
+            verdict = STOP;
+    }
+    table_leave(vcpu);
+    return verdict;
+}
+
+/* ---- coming and going of the debugger ---- */
+
+uint64_t core_attach(void)
+{
+    for (unsigned i = 0; i < core.vcpu_count; i++) {
+        struct vmexit_ring *ring = core.vcpus[i].ring;
+        __atomic_store_n(&ring->tail, __atomic_load_n(&ring->head, __ATOMIC_ACQUIRE), __ATOMIC_RELEASE);
+    }
+    clock_calibrate();
+    __atomic_fetch_add(&core.session, 1, __ATOMIC_SEQ_CST);
+    return __atomic_load_n(&core.sequence, __ATOMIC_SEQ_CST);
+}
+
+void core_detach(void)
+{
+    __atomic_fetch_add(&core.session, 1, __ATOMIC_SEQ_CST);
+    replace_table(&no_events);
+    core_set_overflow_drop(false);
+    for (unsigned i = 0; i < core.vcpu_count; i++)
+        if (core_vcpu_eventfd(i) >= 0)
+            wake(core_vcpu_eventfd(i));
+}

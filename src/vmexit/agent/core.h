@@ -1,0 +1,109 @@
+/* What happens at a trap, whichever door it came through: which events match, what they do, and the records they leave. */
+#ifndef VMEXIT_CORE_H
+#define VMEXIT_CORE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "wire.h"
+
+/* A vCPU thread stopped at (stage pre) or right after (stage post) a WRMSR or RDMSR. Lives on that thread's stack. */
+struct trap {
+    const struct door *door;
+    void *place; /* the door's own: where in the VMM the thread is */
+    unsigned vcpu;
+    uint8_t access;
+    uint8_t stage;
+    uint8_t length;
+    uint8_t flags;
+    bool wants_post;
+    uint64_t rip; /* of the instruction */
+    uint64_t rsp;
+    uint32_t msr; /* ECX */
+    uint64_t value; /* EDX:EAX */
+};
+
+/* How far the events of the pre stage have come with one execution of one instruction; survives a break in between. */
+struct progress {
+    uint32_t after; /* events up to this id have acted */
+    uint32_t limit; /* events above this id were made too late for it */
+    bool skip; /* what the last one that acted says of short-circuiting */
+    bool decided; /* the person at the break has said so; events that come later no longer change it */
+};
+
+#define PROGRESS_BEGIN ((struct progress){.after = 0, .limit = UINT32_MAX})
+#define PROGRESS_DONE UINT32_MAX /* progress.after when every event has acted */
+
+/* What a way into a VMM has to offer. The first two are called in the trapping vCPU's thread, the others in the link's. */
+struct door {
+    const char *name;
+    uint32_t capabilities; /* VMEXIT_CAN_... */
+    uint32_t plugin_api;
+    /* Gives and takes the first VMEXIT_ASKED_REGISTERS registers; `changed` has a bit for each that is to be written. */
+    void (*get_asked)(struct trap *trap, uint64_t *registers);
+    void (*set_asked)(struct trap *trap, const uint64_t *registers, uint32_t changed);
+    /* Around a sleep of the trapping thread: lets go of the locks that the VMM's other threads need. */
+    void (*before_sleep)(struct trap *trap);
+    void (*after_sleep)(struct trap *trap);
+
+    /* The link's thread has begun. */
+    void (*enter_thread)(void);
+    /* Each of these answers a wire status (VMEXIT_OK, VMEXIT_RUNNING ...). */
+    int (*get_registers)(unsigned vcpu, uint64_t *registers);
+    int (*set_register)(unsigned vcpu, unsigned number, uint64_t value);
+    int (*access_memory)(unsigned vcpu, bool physical, bool write, uint64_t address, void *bytes, uint32_t length);
+    int (*decide)(unsigned vcpu, bool skip);
+    /* Lets a machine run that the debugger had halted and can no longer let run itself. */
+    void (*resume)(void);
+};
+
+/* Prepares `vcpus` rings; once, before the first trap. False where memory is short. */
+bool core_init(const struct door *door, unsigned vcpus);
+const struct door *core_door(void);
+unsigned core_vcpus(void);
+int core_shared_fd(void);
+int core_debugger_eventfd(void);
+/* The eventfd that the vCPU sleeps on; -1 until the vCPU has come up. */
+int core_vcpu_eventfd(unsigned vcpu);
+void core_vcpu_up(unsigned vcpu);
+/* True while the vCPU waits for the debugger's answer: then its registers may be read from another thread. */
+bool core_is_asking(unsigned vcpu);
+
+/* The link's half: replace all events, choose what a full ring does, and let go when the debugger is gone. */
+int core_set_events(const struct vmexit_event *events, size_t count);
+void core_set_overflow_drop(bool drop);
+/* Gives the sequence number of the first record that the new debugger will see. */
+uint64_t core_attach(void);
+void core_detach(void);
+
+/* The trap's half. First a test of a few instructions, then the events themselves. */
+extern uint64_t core_interest[2][2 * 8192 / 64];
+extern uint32_t core_interest_elsewhere;
+
+/* Whether any event could want this access to this MSR (it may say yes for nothing, never no for something). */
+static inline bool core_wants(unsigned access, uint32_t msr)
+{
+    /* The bitmap covers the two ranges that hold nearly every MSR, as VMX's own does (Intel SDM volume 3, 25.6.9): 0 to 1fffh and
+     * c0000000h to c0001fffh; for the first both top bits are 0, for the second both are 1. */
+    if ((msr & 0x3fffe000) != 0 || (msr >> 30) % 3 != 0)
+        return __atomic_load_n(&core_interest_elsewhere, __ATOMIC_RELAXED) & access;
+    uint32_t bit = (msr >> 31) * 8192 + (msr & 0x1fff);
+    return __atomic_load_n(&core_interest[access - 1][bit / 64], __ATOMIC_RELAXED) >> (bit % 64) & 1;
+}
+
+enum verdict { CARRY_OUT, SKIP, STOP };
+
+/* Lets every matching event of the pre stage act, from `progress` on. STOP: the machine has to halt before the instruction; call
+ * again with the same progress when it goes on. CARRY_OUT: `trap->wants_post` says whether core_post is to be called. */
+enum verdict core_pre(struct trap *trap, struct progress *progress);
+/* Lets every matching event of the post stage act. STOP or CARRY_OUT. */
+enum verdict core_post(struct trap *trap);
+
+/* link.c */
+bool link_start(int listening_fd);
+void link_announce_vcpu(unsigned vcpu);
+/* The door has halted the machine for a break: resume it if the debugger dies. */
+void link_machine_held(void);
+
+#endif

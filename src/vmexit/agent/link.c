@@ -1,0 +1,296 @@
+/* The control socket: one thread that serves one debugger at a time and lets go of everything when that debugger is gone. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "core.h"
+
+enum { MOST_PAYLOAD = VMEXIT_MAX_EVENTS * sizeof(struct vmexit_event) };
+
+struct datagram {
+    struct vmexit_message message;
+    _Alignas(8) uint8_t payload[MOST_PAYLOAD];
+};
+
+static struct {
+    int listening;
+    int client; /* -1: no debugger; changed by the link's thread alone, under the lock */
+    int wake; /* an eventfd: the machine has been halted for a break */
+    pthread_mutex_t lock;
+    bool greeted;
+    bool held; /* the debugger keeps the machine halted */
+    struct datagram in;
+} server = {.client = -1, .lock = PTHREAD_MUTEX_INITIALIZER};
+
+/* ---- sending ---- */
+
+static void send_with(int socket, const struct vmexit_message *message, const void *payload, const int *fds, size_t fd_count, int flags)
+{
+    struct iovec parts[2] = {
+        {.iov_base = (void *)message, .iov_len = sizeof *message},
+        {.iov_base = (void *)payload, .iov_len = message->length},
+    };
+    _Alignas(struct cmsghdr) char control[CMSG_SPACE(2 * sizeof(int))] = {0};
+    struct msghdr header = {.msg_iov = parts, .msg_iovlen = 2};
+    if (fd_count) {
+        header.msg_control = control;
+        header.msg_controllen = CMSG_SPACE(fd_count * sizeof(int));
+        struct cmsghdr *rights = CMSG_FIRSTHDR(&header);
+        rights->cmsg_level = SOL_SOCKET;
+        rights->cmsg_type = SCM_RIGHTS;
+        rights->cmsg_len = CMSG_LEN(fd_count * sizeof(int));
+        memcpy(CMSG_DATA(rights), fds, fd_count * sizeof(int));
+    }
+    /* A debugger that has gone or does not read is noticed by the reading side. */
+    while (sendmsg(socket, &header, MSG_NOSIGNAL | flags) < 0 && errno == EINTR)
+        ;
+}
+
+static void answer(int status, const void *payload, size_t length, const int *fds, size_t fd_count)
+{
+    struct vmexit_message message = server.in.message;
+    message.magic = VMEXIT_WIRE_MAGIC;
+    message.status = (uint16_t)status;
+    message.length = (uint32_t)length;
+    send_with(server.client, &message, payload, fds, fd_count, 0);
+}
+
+void link_announce_vcpu(unsigned vcpu)
+{
+    int eventfd = core_vcpu_eventfd(vcpu);
+    struct vmexit_message message = {.magic = VMEXIT_WIRE_MAGIC, .type = VMEXIT_VCPU, .vcpu = vcpu};
+    pthread_mutex_lock(&server.lock);
+    if (server.client >= 0 && server.greeted && eventfd >= 0)
+        send_with(server.client, &message, NULL, &eventfd, 1, MSG_DONTWAIT);
+    pthread_mutex_unlock(&server.lock);
+}
+
+/* ---- what the debugger asks for ---- */
+
+static void greet(void)
+{
+    const struct door *door = core_door();
+    struct vmexit_hello hello = {
+        .version = VMEXIT_WIRE_VERSION,
+        .capabilities = door->capabilities,
+        .vcpus = core_vcpus(),
+        .plugin_api = door->plugin_api,
+        .sequence = core_attach(),
+    };
+    strncpy(hello.door, door->name, sizeof hello.door - 1);
+    int fds[2] = {core_shared_fd(), core_debugger_eventfd()};
+    answer(VMEXIT_OK, &hello, sizeof hello, fds, 2);
+    pthread_mutex_lock(&server.lock);
+    server.greeted = true;
+    pthread_mutex_unlock(&server.lock);
+    for (unsigned vcpu = 0; vcpu < core_vcpus(); vcpu++)
+        link_announce_vcpu(vcpu);
+}
+
+static void hello_asked(void)
+{
+    uint32_t version;
+    if (server.greeted || server.in.message.length != sizeof version) {
+        answer(VMEXIT_REFUSED, NULL, 0, NULL, 0);
+        return;
+    }
+    memcpy(&version, server.in.payload, sizeof version);
+    if (version == VMEXIT_WIRE_VERSION)
+        greet();
+    else
+        answer(VMEXIT_WRONG_VERSION, NULL, 0, NULL, 0);
+}
+
+static int set_events(const struct vmexit_message *message)
+{
+    size_t count = message->argument;
+    if (count > VMEXIT_MAX_EVENTS || message->length != count * sizeof(struct vmexit_event))
+        return VMEXIT_REFUSED;
+    return core_set_events((const struct vmexit_event *)server.in.payload, count);
+}
+
+static void read_registers(const struct vmexit_message *message)
+{
+    uint64_t registers[VMEXIT_REGISTERS] = {0};
+    int status = message->length == 0 ? core_door()->get_registers(message->vcpu, registers) : VMEXIT_REFUSED;
+    answer(status, registers, status == VMEXIT_OK ? sizeof registers : 0, NULL, 0);
+}
+
+static void read_memory(const struct vmexit_message *message)
+{
+    uint8_t bytes[VMEXIT_MAX_TRANSFER];
+    bool physical = message->type == VMEXIT_READ_PHYSICAL;
+    uint32_t length = message->argument;
+    int status = VMEXIT_REFUSED;
+    if (length > 0 && length <= sizeof bytes && message->length == 0)
+        status = core_door()->access_memory(message->vcpu, physical, false, message->address, bytes, length);
+    answer(status, bytes, status == VMEXIT_OK ? length : 0, NULL, 0);
+}
+
+static int write_memory(const struct vmexit_message *message)
+{
+    bool physical = message->type == VMEXIT_WRITE_PHYSICAL;
+    if (message->length == 0 || message->length > VMEXIT_MAX_TRANSFER)
+        return VMEXIT_REFUSED;
+    return core_door()->access_memory(message->vcpu, physical, true, message->address, server.in.payload, message->length);
+}
+
+static int change(const struct vmexit_message *message)
+{
+    bool bare = message->length == 0;
+    bool flag = message->argument <= 1 && bare;
+    switch (message->type) {
+    case VMEXIT_EVENTS:
+        return set_events(message);
+    case VMEXIT_OVERFLOW:
+        if (flag)
+            core_set_overflow_drop(message->argument);
+        return flag ? VMEXIT_OK : VMEXIT_REFUSED;
+    case VMEXIT_HOLD:
+        if (flag)
+            __atomic_store_n(&server.held, message->argument, __ATOMIC_SEQ_CST);
+        return flag ? VMEXIT_OK : VMEXIT_REFUSED;
+    case VMEXIT_DECIDE:
+        return flag ? core_door()->decide(message->vcpu, message->argument) : VMEXIT_REFUSED;
+    case VMEXIT_SET_REGISTER:
+        if (!bare || message->argument >= VMEXIT_REGISTERS)
+            return VMEXIT_REFUSED;
+        return core_door()->set_register(message->vcpu, message->argument, message->address);
+    case VMEXIT_WRITE_VIRTUAL:
+    case VMEXIT_WRITE_PHYSICAL:
+        return write_memory(message);
+    default:
+        return VMEXIT_REFUSED;
+    }
+}
+
+static void serve(size_t received)
+{
+    struct vmexit_message *message = &server.in.message;
+    if (received < sizeof *message || message->magic != VMEXIT_WIRE_MAGIC || received != sizeof *message + message->length) {
+        *message = (struct vmexit_message){.type = received < sizeof *message ? 0 : message->type};
+        answer(VMEXIT_REFUSED, NULL, 0, NULL, 0);
+    } else if (message->type == VMEXIT_HELLO) {
+        hello_asked();
+    } else if (!server.greeted) {
+        answer(VMEXIT_REFUSED, NULL, 0, NULL, 0);
+    } else if (message->type == VMEXIT_GET_REGISTERS) {
+        read_registers(message);
+    } else if (message->type == VMEXIT_READ_VIRTUAL || message->type == VMEXIT_READ_PHYSICAL) {
+        read_memory(message);
+    } else {
+        answer(change(message), NULL, 0, NULL, 0);
+    }
+}
+
+/* ---- coming and going ---- */
+
+static bool is_ours(int socket)
+{
+    struct ucred peer;
+    socklen_t length = sizeof peer;
+    if (getsockopt(socket, SOL_SOCKET, SO_PEERCRED, &peer, &length) != 0)
+        return false;
+    return peer.uid == geteuid() || peer.uid == 0;
+}
+
+static void welcome(void)
+{
+    int socket = accept4(server.listening, NULL, NULL, SOCK_CLOEXEC);
+    if (socket < 0)
+        return;
+    if (!is_ours(socket)) {
+        close(socket);
+    } else if (server.client >= 0) {
+        struct vmexit_message busy = {.magic = VMEXIT_WIRE_MAGIC, .type = VMEXIT_HELLO, .status = VMEXIT_BUSY};
+        send_with(socket, &busy, NULL, NULL, 0, MSG_DONTWAIT);
+        close(socket);
+    } else {
+        pthread_mutex_lock(&server.lock);
+        server.client = socket;
+        server.greeted = false;
+        pthread_mutex_unlock(&server.lock);
+    }
+}
+
+static void part(void)
+{
+    pthread_mutex_lock(&server.lock);
+    close(server.client);
+    server.client = -1;
+    pthread_mutex_unlock(&server.lock);
+    if (server.greeted)
+        core_detach();
+}
+
+static void listen_to_debugger(void)
+{
+    ssize_t received = recv(server.client, &server.in, sizeof server.in, MSG_TRUNC);
+    if (received < 0 && (errno == EINTR || errno == EAGAIN))
+        return;
+    if (received <= 0)
+        part();
+    else
+        serve((size_t)received <= sizeof server.in ? (size_t)received : 0);
+}
+
+/* A machine that was halted for a debugger which has died since goes on. */
+static void resume_orphan(void)
+{
+    if (server.client < 0 && __atomic_exchange_n(&server.held, false, __ATOMIC_SEQ_CST))
+        core_door()->resume();
+}
+
+void link_machine_held(void)
+{
+    uint64_t one = 1;
+    __atomic_store_n(&server.held, true, __ATOMIC_SEQ_CST);
+    (void)!write(server.wake, &one, sizeof one);
+}
+
+static void *run(void *unused)
+{
+    (void)unused;
+    core_door()->enter_thread();
+    for (;;) {
+        struct pollfd fds[] = {
+            {.fd = server.listening, .events = POLLIN},
+            {.fd = server.wake, .events = POLLIN},
+            {.fd = server.client, .events = POLLIN}, /* a negative descriptor is passed over */
+        };
+        if (poll(fds, 3, -1) < 0)
+            continue;
+        uint64_t count;
+        if (fds[1].revents)
+            (void)!read(server.wake, &count, sizeof count);
+        if (fds[2].revents)
+            listen_to_debugger();
+        if (fds[0].revents)
+            welcome();
+        resume_orphan();
+    }
+    return NULL;
+}
+
+bool link_start(int listening_fd)
+{
+    pthread_t thread;
+    sigset_t all, before;
+    server.listening = listening_fd;
+    server.wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (server.wake < 0)
+        return false;
+    /* The VMM's signals are for the VMM's threads. */
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    int error = pthread_create(&thread, NULL, run, NULL);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return error == 0;
+}

@@ -1,0 +1,45 @@
+/* Reaching into the QEMU that the agent is loaded into: registers, memory, halting; by its plugin interface where that can, by its
+ * exported internals where not. */
+#ifndef VMEXIT_QEMU_H
+#define VMEXIT_QEMU_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "qemu_plugin.h"
+
+enum { RFLAGS_VM = 1 << 17, CR0_PE = 1 };
+
+/* The newest plugin API version that both this QEMU and the agent know; found without help, before QEMU looks at the plugin. */
+unsigned qemu_api(void);
+/* VMEXIT_CAN_... */
+uint32_t qemu_capabilities(void);
+enum qemu_plugin_cb_flags qemu_callback_flags(void);
+bool qemu_init(unsigned vcpus);
+/* From the callback of a vCPU that comes up: fetches what later reads need. */
+void qemu_vcpu_up(unsigned vcpu);
+void qemu_vcpu_down(unsigned vcpu);
+/* QEMU's object of the vCPU; null while the vCPU is not there or the internals are out of reach. */
+void *qemu_cpu(unsigned vcpu);
+/* The vCPU whose thread this is and whose registers can be read right now; false where QEMU does not say. */
+bool qemu_current_vcpu(unsigned *vcpu);
+
+/* One register by its wire number (VMEXIT_RAX ...), from the vCPU's own thread, or from another one while the vCPU stands still.
+ * Inside a callback from translated code RIP is that of some earlier instruction of the block, and the status flags are stale. */
+uint64_t qemu_read_register(unsigned vcpu, unsigned number);
+void qemu_write_register(unsigned vcpu, unsigned number, uint64_t value);
+/* RFLAGS with the status flags that the translator keeps apart while a vCPU executes. */
+uint64_t qemu_read_rflags(unsigned vcpu);
+void qemu_write_rflags(unsigned vcpu, uint64_t value);
+
+/* The vCPU's state as an array (16 general registers in encoding order, then RIP), where that was proven to be where `candidate`
+ * points; else null. */
+uint64_t *qemu_prove_env(unsigned vcpu, uint64_t *candidate);
+uint64_t *qemu_env(unsigned vcpu);
+
+bool qemu_access_memory(unsigned vcpu, bool physical, bool write, uint64_t address, void *bytes, uint32_t length);
+bool qemu_is_running(void);
+void qemu_lock(void);
+void qemu_unlock(void);
+
+#endif

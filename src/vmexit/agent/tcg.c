@@ -1,0 +1,571 @@
+/* The TCG door: a QEMU plugin that is called before each translated WRMSR and RDMSR.
+ *
+ * What stops, skips or redirects the instruction needs the vCPU's precise state: restore it from the translated code's return
+ * address, change it, leave the translated code (cpu_loop_exit). To carry the instruction out after all, RIP stays at it; it is
+ * translated and called for once more, and what was already done for it is remembered in a hold.
+ */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "core.h"
+#include "qemu.h"
+
+enum { RUN_STATE_PAUSED = 4 }; /* QEMU, qapi/run-state.json */
+enum { HOLDS = 64 };
+
+/* An instruction whose events have acted, wholly or up to a break, and which has yet to execute. The machine may take interrupts
+ * and move the task to another vCPU in between; RIP and RSP tell it apart. */
+struct hold {
+    bool used;
+    bool stopped; /* the machine was halted before it, on this vCPU, and the debugger may still decide about it */
+    unsigned vcpu;
+    uint64_t rip;
+    uint64_t rsp;
+    struct progress progress;
+};
+
+/* The instruction that this vCPU executes now and that a post stage has been promised for. */
+struct executed {
+    bool pending;
+    uint8_t access;
+    uint8_t length;
+    uint32_t msr;
+    uint64_t rip;
+};
+
+/* struct trap.place */
+struct place {
+    uintptr_t site;
+    uintptr_t return_address; /* into translated code; 0: the vCPU is between two blocks, with its state complete */
+    bool precise;
+    bool locked; /* the big QEMU lock is held */
+};
+
+static struct {
+    struct executed *executed; /* by vCPU */
+    unsigned vcpu_count;
+    bool env_tried;
+    bool env_proven;
+    char hold_lock;
+    unsigned hold_count;
+    unsigned hold_next;
+    struct hold holds[HOLDS];
+} tcg;
+
+/* ---- holds ---- */
+
+static void lock_holds(void)
+{
+    while (__atomic_test_and_set(&tcg.hold_lock, __ATOMIC_ACQUIRE))
+        ;
+}
+
+static void unlock_holds(void) { __atomic_clear(&tcg.hold_lock, __ATOMIC_RELEASE); }
+
+/* Where all places are taken the oldest goes: its instruction would then be trapped once more. That takes 64 tasks that were each
+ * preempted exactly here. */
+static void hold(const struct trap *trap, uint64_t rsp, struct progress progress, bool stopped)
+{
+    lock_holds();
+    struct hold *free_hold = NULL;
+    for (unsigned i = 0; i < HOLDS && free_hold == NULL; i++)
+        if (!tcg.holds[i].used)
+            free_hold = &tcg.holds[i];
+    if (free_hold == NULL)
+        free_hold = &tcg.holds[tcg.hold_next++ % HOLDS];
+    else
+        __atomic_fetch_add(&tcg.hold_count, 1, __ATOMIC_RELEASE);
+    *free_hold = (struct hold){
+        .used = true, .stopped = stopped, .vcpu = trap->vcpu, .rip = trap->rip, .rsp = rsp, .progress = progress};
+    unlock_holds();
+}
+
+static void drop_hold(struct hold *hold)
+{
+    hold->used = false;
+    __atomic_fetch_sub(&tcg.hold_count, 1, __ATOMIC_RELEASE);
+}
+
+static struct progress take_hold(uint64_t rip, uint64_t rsp)
+{
+    struct progress progress = PROGRESS_BEGIN;
+    if (__atomic_load_n(&tcg.hold_count, __ATOMIC_ACQUIRE) == 0)
+        return progress;
+    lock_holds();
+    for (unsigned i = 0; i < HOLDS; i++)
+        if (tcg.holds[i].used && tcg.holds[i].rip == rip && tcg.holds[i].rsp == rsp) {
+            progress = tcg.holds[i].progress;
+            drop_hold(&tcg.holds[i]);
+            break;
+        }
+    unlock_holds();
+    return progress;
+}
+
+static struct hold *stopped_hold(unsigned vcpu)
+{
+    for (unsigned i = 0; i < HOLDS; i++)
+        if (tcg.holds[i].used && tcg.holds[i].stopped && tcg.holds[i].vcpu == vcpu)
+            return &tcg.holds[i];
+    return NULL;
+}
+
+static int decide(unsigned vcpu, bool skip)
+{
+    lock_holds();
+    struct hold *hold = stopped_hold(vcpu);
+    if (hold) {
+        hold->progress.skip = skip;
+        hold->progress.decided = true;
+    }
+    unlock_holds();
+    return hold ? VMEXIT_OK : VMEXIT_REFUSED;
+}
+
+/* The debugger has moved the vCPU away from the instruction, or moved its stack. */
+static void follow_register(unsigned vcpu, unsigned number, uint64_t value)
+{
+    lock_holds();
+    struct hold *hold = stopped_hold(vcpu);
+    if (hold && number == VMEXIT_RSP)
+        hold->rsp = value;
+    if (hold && number == VMEXIT_RIP && value != hold->rip)
+        drop_hold(hold);
+    unlock_holds();
+}
+
+/* A machine that is reset executes nothing of what it was about to. */
+static void forget_holds(void *unused)
+{
+    (void)unused;
+    lock_holds();
+    memset(tcg.holds, 0, sizeof tcg.holds);
+    tcg.hold_count = 0;
+    unlock_holds();
+}
+
+/* ---- the state of a trapped vCPU ---- */
+
+static void make_precise(struct trap *trap)
+{
+    struct place *place = trap->place;
+    if (place->precise)
+        return;
+    cpu_restore_state(qemu_cpu(trap->vcpu), place->return_address, true);
+    place->precise = true;
+}
+
+static void get_asked(struct trap *trap, uint64_t *values)
+{
+    const struct place *place = trap->place;
+    make_precise(trap);
+    for (unsigned number = 0; number <= VMEXIT_RIP; number++)
+        values[number] = qemu_read_register(trap->vcpu, number);
+    values[VMEXIT_RFLAGS] =
+        place->return_address ? qemu_read_rflags(trap->vcpu) : qemu_read_register(trap->vcpu, VMEXIT_RFLAGS);
+}
+
+static void set_asked(struct trap *trap, const uint64_t *values, uint32_t changed)
+{
+    const struct place *place = trap->place;
+    for (unsigned number = 0; number <= VMEXIT_RIP; number++)
+        if (changed >> number & 1)
+            qemu_write_register(trap->vcpu, number, values[number]);
+    if (!(changed >> VMEXIT_RFLAGS & 1))
+        return;
+    if (place->return_address)
+        qemu_write_rflags(trap->vcpu, values[VMEXIT_RFLAGS]);
+    else
+        qemu_write_register(trap->vcpu, VMEXIT_RFLAGS, values[VMEXIT_RFLAGS]);
+}
+
+static void before_sleep(struct trap *trap)
+{
+    if (((struct place *)trap->place)->locked)
+        qemu_unlock();
+}
+
+static void after_sleep(struct trap *trap)
+{
+    if (((struct place *)trap->place)->locked)
+        qemu_lock();
+}
+
+static void halt(void)
+{
+    vm_stop(RUN_STATE_PAUSED);
+    link_machine_held();
+}
+
+/* ---- what the link asks for ---- */
+
+static bool is_reachable(unsigned vcpu)
+{
+    return vcpu < tcg.vcpu_count && qemu_cpu(vcpu) != NULL && (core_is_asking(vcpu) || !qemu_is_running());
+}
+
+static int get_registers(unsigned vcpu, uint64_t *values)
+{
+    if (vcpu >= tcg.vcpu_count)
+        return VMEXIT_REFUSED;
+    if (!(core_door()->capabilities & VMEXIT_CAN_READ))
+        return VMEXIT_UNAVAILABLE;
+    if (!is_reachable(vcpu))
+        return VMEXIT_RUNNING;
+    for (unsigned number = 0; number < VMEXIT_REGISTERS; number++)
+        values[number] = qemu_read_register(vcpu, number);
+    return VMEXIT_OK;
+}
+
+static int set_register(unsigned vcpu, unsigned number, uint64_t value)
+{
+    if (vcpu >= tcg.vcpu_count)
+        return VMEXIT_REFUSED;
+    if (!(core_door()->capabilities & VMEXIT_CAN_MODIFY))
+        return VMEXIT_UNAVAILABLE;
+    if (!is_reachable(vcpu) || core_is_asking(vcpu)) /* a question's registers go with its answer */
+        return VMEXIT_RUNNING;
+    qemu_lock();
+    qemu_write_register(vcpu, number, value);
+    qemu_unlock();
+    follow_register(vcpu, number, value);
+    return VMEXIT_OK;
+}
+
+static int access_memory(unsigned vcpu, bool physical, bool write, uint64_t address, void *bytes, uint32_t length)
+{
+    if (vcpu >= tcg.vcpu_count)
+        return VMEXIT_REFUSED;
+    if (!(core_door()->capabilities & VMEXIT_CAN_MEMORY))
+        return VMEXIT_UNAVAILABLE;
+    if (!is_reachable(vcpu))
+        return VMEXIT_RUNNING;
+    return qemu_access_memory(vcpu, physical, write, address, bytes, length) ? VMEXIT_OK : VMEXIT_UNREADABLE;
+}
+
+static void resume(void)
+{
+    /* A stop that a vCPU has just asked for takes QEMU's main loop a moment; a start before that would leave the vCPU behind. */
+    const struct timespec moment = {.tv_nsec = 1000000};
+    for (int tries = 0; tries < 2000 && qemu_is_running(); tries++)
+        nanosleep(&moment, NULL);
+    qemu_lock();
+    if (!qemu_is_running())
+        vm_start();
+    qemu_unlock();
+}
+
+static void enter_thread(void)
+{
+    if (rcu_register_thread)
+        rcu_register_thread();
+}
+
+static struct door door = {
+    .name = "tcg",
+    .get_asked = get_asked,
+    .set_asked = set_asked,
+    .before_sleep = before_sleep,
+    .after_sleep = after_sleep,
+    .get_registers = get_registers,
+    .set_register = set_register,
+    .access_memory = access_memory,
+    .decide = decide,
+    .resume = resume,
+    .enter_thread = enter_thread,
+};
+
+/* ---- sites: what a callback is told about its instruction ---- */
+
+/* Packed into the callback's user data, so that translating a block allocates nothing and a hostile guest cannot make it grow:
+ * bits 0-11 the instruction's RIP within its page, 12-15 its length, 16-17 the access, 18 set if its block ends with it, 19 set if the
+ * privilege level is to be looked at. The page comes from the CPU's state at the trap, because one translation serves every
+ * virtual address of its physical page. */
+static uintptr_t pack_site(uint64_t rip, unsigned length, unsigned access, bool ends_block, bool check_privilege)
+{
+    return (uintptr_t)((rip & 0xfff) | length << 12 | access << 16 | (unsigned)ends_block << 18 | (unsigned)check_privilege << 19);
+}
+
+static unsigned site_length(uintptr_t site) { return site >> 12 & 15; }
+static unsigned site_access(uintptr_t site) { return site >> 16 & 3; }
+static bool site_ends_block(uintptr_t site) { return site >> 18 & 1; }
+static bool site_check_privilege(uintptr_t site) { return site >> 19 & 1; }
+
+/* The state's RIP is that of an earlier instruction of the same block, and a block does not begin in one page and go on in another. */
+static uint64_t site_rip(uintptr_t site, uint64_t rip_before) { return rip_before + ((site - rip_before) & 0xfff); }
+
+/* 0: not a WRMSR or RDMSR (Intel SDM volume 2: 0F 30, 0F 32 behind legacy prefixes and REX). With LOCK it is #UD and does not count.
+ * WRMSRNS (0F 01 C6) is #UD under TCG. */
+static unsigned decode_access(const uint8_t *bytes, size_t length)
+{
+    size_t i = 0;
+    while (i < length && memchr("\x26\x2e\x36\x3e\x64\x65\x66\x67\xf2\xf3", bytes[i], 10))
+        i++;
+    if (i < length && (bytes[i] & 0xf0) == 0x40)
+        i++;
+    if (i + 2 != length || bytes[i] != 0x0f)
+        return 0;
+    return bytes[i + 1] == 0x30 ? VMEXIT_WRMSR : bytes[i + 1] == 0x32 ? VMEXIT_RDMSR : 0;
+}
+
+static unsigned insn_access(const struct qemu_plugin_insn *insn)
+{
+    uint8_t copy[16] = {0};
+    size_t length = qemu_plugin_insn_size(insn);
+    if (length < 2 || length > 15)
+        return 0;
+    if (qemu_api() >= 3)
+        qemu_plugin_insn_data(insn, copy, length);
+    else
+        memcpy(copy, qemu_plugin_insn_data(insn, NULL, 0), length);
+    return decode_access(copy, length);
+}
+
+/* Outside of ring 0 the instruction is #GP by privilege, which comes before any interception (Intel SDM volume 3, 26.1.1). */
+static bool is_privileged(unsigned vcpu)
+{
+    if (!(qemu_read_register(vcpu, VMEXIT_CR0) & CR0_PE))
+        return true;
+    if (qemu_read_register(vcpu, VMEXIT_RFLAGS) & RFLAGS_VM)
+        return false;
+    return (qemu_read_register(vcpu, VMEXIT_CS) & 3) == 0;
+}
+
+/* ---- traps ---- */
+
+static struct trap make_trap(unsigned vcpu, struct place *place, unsigned access, unsigned length, uint64_t rip)
+{
+    const uint64_t *env = qemu_env(vcpu);
+    struct trap trap = {.door = &door, .place = place, .vcpu = vcpu, .access = (uint8_t)access, .length = (uint8_t)length, .rip = rip};
+    uint64_t rax = env ? env[VMEXIT_RAX] : qemu_read_register(vcpu, VMEXIT_RAX);
+    uint64_t rdx = env ? env[VMEXIT_RDX] : qemu_read_register(vcpu, VMEXIT_RDX);
+    trap.value = rdx << 32 | (uint32_t)rax;
+    trap.msr = (uint32_t)(env ? env[VMEXIT_RCX] : qemu_read_register(vcpu, VMEXIT_RCX));
+    trap.rsp = env ? env[VMEXIT_RSP] : qemu_read_register(vcpu, VMEXIT_RSP);
+    return trap;
+}
+
+static void run_post(struct trap *trap, const struct executed *executed)
+{
+    trap->msr = executed->msr;
+    if (core_post(trap) == STOP)
+        halt();
+}
+
+/* Whether the instruction has completed: RIP is behind it, or an interrupt came first and returns to there. A fault returns to it. */
+static bool has_completed(unsigned vcpu, const struct executed *executed, bool *interrupted)
+{
+    const uint64_t next = executed->rip + executed->length;
+    *interrupted = false;
+    if (qemu_read_register(vcpu, VMEXIT_RIP) == next)
+        return true;
+    uint64_t frame_rip = 0;
+    uint64_t rsp = qemu_read_register(vcpu, VMEXIT_RSP);
+    bool long_mode = qemu_read_register(vcpu, VMEXIT_EFER) >> 10 & 1;
+    uint32_t width = long_mode ? 8 : qemu_read_register(vcpu, VMEXIT_CR0) & CR0_PE ? 4 : 2;
+    *interrupted = qemu_access_memory(vcpu, false, false, rsp, &frame_rip, width) &&
+                   frame_rip == (width == 8 ? next : next & ((UINT64_C(1) << width * 8) - 1));
+    return *interrupted;
+}
+
+/* Runs on the vCPU's thread when it has left the block that the instruction ended, before its next instruction. */
+static void post_work(void *cpu, void *data)
+{
+    unsigned vcpu = (unsigned)(uintptr_t)data;
+    struct executed executed = tcg.executed[vcpu];
+    struct place place = {.precise = true, .locked = true};
+    bool interrupted;
+    (void)cpu;
+    tcg.executed[vcpu].pending = false;
+    /* QEMU runs such work under its big lock; reading memory takes it, so it is let go of here already. */
+    qemu_unlock();
+    bool completed = executed.pending && has_completed(vcpu, &executed, &interrupted);
+    qemu_lock();
+    if (!completed)
+        return;
+    struct trap trap = make_trap(vcpu, &place, executed.access, executed.length, executed.rip);
+    trap.flags = interrupted ? VMEXIT_INTERRUPTED : 0;
+    run_post(&trap, &executed);
+}
+
+static void leave(struct trap *trap) __attribute__((noreturn));
+static void leave(struct trap *trap) { cpu_loop_exit(qemu_cpu(trap->vcpu)); }
+
+static void skip(struct trap *trap)
+{
+    make_precise(trap);
+    /* Unless a callback has sent the guest elsewhere. */
+    if (qemu_read_register(trap->vcpu, VMEXIT_RIP) == trap->rip)
+        qemu_write_register(trap->vcpu, VMEXIT_RIP, trap->rip + trap->length);
+    leave(trap);
+}
+
+static void carry_out(struct trap *trap, struct progress progress)
+{
+    if (((struct place *)trap->place)->precise) {
+        /* Unless a callback has sent the guest elsewhere, the instruction comes once more and finds all its events done. */
+        if (qemu_read_register(trap->vcpu, VMEXIT_RIP) == trap->rip)
+            hold(trap, trap->rsp, progress, false);
+        leave(trap);
+    }
+    if (!trap->wants_post)
+        return;
+    tcg.executed[trap->vcpu] = (struct executed){
+        .pending = true, .access = trap->access, .length = trap->length, .msr = trap->msr, .rip = trap->rip};
+    /* Where the block goes on behind it, the next instruction's callback is the post stage. */
+    if (site_ends_block(((struct place *)trap->place)->site))
+        async_run_on_cpu(qemu_cpu(trap->vcpu), post_work, (void *)(uintptr_t)trap->vcpu);
+}
+
+static void on_wanted(unsigned index, uintptr_t site, uint64_t rip, uintptr_t return_address)
+{
+    struct place place = {.site = site, .return_address = return_address};
+    struct trap trap = make_trap(index, &place, site_access(site), site_length(site), rip);
+    struct progress progress = take_hold(rip, trap.rsp);
+    switch (core_pre(&trap, &progress)) {
+    case STOP:
+        make_precise(&trap);
+        hold(&trap, trap.rsp, progress, true);
+        halt();
+        leave(&trap);
+    case SKIP:
+        skip(&trap);
+        break;
+    case CARRY_OUT:
+        carry_out(&trap, progress);
+        break;
+    }
+}
+
+/* The common way in from translated code. `env` is what the host's register held that TCG keeps the CPU's state in. */
+__attribute__((visibility("hidden"), used)) void tcg_before(unsigned index, uintptr_t site, uint64_t *env)
+{
+    if (__builtin_expect(!tcg.env_tried, 0)) {
+        tcg.env_proven = env != NULL && qemu_prove_env(index, env) != NULL;
+        tcg.env_tried = true;
+    }
+    if (!tcg.env_proven)
+        env = NULL;
+    uint32_t msr = (uint32_t)(env ? env[VMEXIT_RCX] : qemu_read_register(index, VMEXIT_RCX));
+    tcg.executed[index].pending = false;
+    if (!core_wants(site_access(site), msr))
+        return;
+    if (site_check_privilege(site) && !is_privileged(index))
+        return;
+    uint64_t rip = site_rip(site, env ? env[VMEXIT_RIP] : qemu_read_register(index, VMEXIT_RIP));
+    on_wanted(index, site, rip, (uintptr_t)__builtin_return_address(0));
+}
+
+/* On the instruction behind an RDMSR of the same block: nothing can have come in between. */
+__attribute__((visibility("hidden"), used)) void tcg_after(unsigned index, uintptr_t site, uint64_t *env)
+{
+    (void)site, (void)env;
+    struct executed executed = tcg.executed[index];
+    if (!executed.pending)
+        return;
+    tcg.executed[index].pending = false;
+    struct place place = {.return_address = (uintptr_t)__builtin_return_address(0)};
+    struct trap trap = make_trap(index, &place, executed.access, executed.length, executed.rip);
+    trap.msr = executed.msr;
+    enum verdict verdict = core_post(&trap);
+    if (verdict == STOP) {
+        make_precise(&trap);
+        halt();
+    }
+    if (place.precise)
+        leave(&trap);
+}
+
+/* TCG keeps the CPU's state in RBP on x86-64 hosts; elsewhere the registers are read the slow way. */
+#if defined(__x86_64__)
+#define ENTRY(name, target)                                                          \
+    __attribute__((naked)) static void name(unsigned vcpu, void *site)               \
+    {                                                                                \
+        (void)vcpu, (void)site;                                                      \
+        __asm__("mov %rbp, %rdx\n\tjmp " #target);                                   \
+    }
+#else
+#define ENTRY(name, target)                                                          \
+    static void name(unsigned vcpu, void *site) { target(vcpu, (uintptr_t)site, NULL); }
+#endif
+ENTRY(before_entry, tcg_before)
+ENTRY(after_entry, tcg_after)
+
+static void on_translation(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
+{
+    (void)id;
+    size_t count = qemu_plugin_tb_n_insns(tb);
+    unsigned vcpu = UINT32_MAX;
+    uint64_t cs_base = 0;
+    for (size_t i = 0; i < count; i++) {
+        struct qemu_plugin_insn *insn = qemu_plugin_tb_get_insn(tb, i);
+        unsigned access = insn_access(insn);
+        if (access == 0)
+            continue;
+        /* A block is translated for the state that its first instruction finds, privilege level and code segment included. */
+        if (vcpu == UINT32_MAX && qemu_current_vcpu(&vcpu)) {
+            if (!is_privileged(vcpu))
+                return;
+            cs_base = qemu_plugin_tb_vaddr(tb) - qemu_read_register(vcpu, VMEXIT_RIP);
+        }
+        bool ends_block = i + 1 == count;
+        uintptr_t site = pack_site(qemu_plugin_insn_vaddr(insn) - cs_base, (unsigned)qemu_plugin_insn_size(insn), access, ends_block,
+                                   vcpu == UINT32_MAX);
+        qemu_plugin_register_vcpu_insn_exec_cb(insn, before_entry, qemu_callback_flags(), (void *)site);
+        if (!ends_block)
+            qemu_plugin_register_vcpu_insn_exec_cb(qemu_plugin_tb_get_insn(tb, i + 1), after_entry, qemu_callback_flags(), NULL);
+    }
+}
+
+/* ---- the plugin ---- */
+
+static void on_vcpu_up(qemu_plugin_id_t id, unsigned vcpu)
+{
+    (void)id;
+    if (vcpu >= tcg.vcpu_count)
+        return;
+    qemu_vcpu_up(vcpu);
+    core_vcpu_up(vcpu);
+    link_announce_vcpu(vcpu);
+}
+
+static void on_vcpu_down(qemu_plugin_id_t id, unsigned vcpu)
+{
+    (void)id;
+    if (vcpu < tcg.vcpu_count)
+        qemu_vcpu_down(vcpu);
+}
+
+static int fail(const char *why)
+{
+    fprintf(stderr, "vmexit agent: %s\n", why);
+    return 1;
+}
+
+EXPORT int qemu_plugin_install(qemu_plugin_id_t id, const struct qemu_info *info, int argc, char **argv)
+{
+    int listening = -1;
+    for (int i = 0; i < argc; i++)
+        if (strncmp(argv[i], "link=", 5) == 0)
+            listening = atoi(argv[i] + 5);
+    if (listening < 0)
+        return fail("no link=DESCRIPTOR given; it is started by 'vmexit run'");
+    if (!info->system_emulation || (strcmp(info->target_name, "x86_64") != 0 && strcmp(info->target_name, "i386") != 0))
+        return fail("only x86 system emulation has MSRs to trap");
+    door.capabilities = qemu_capabilities();
+    door.plugin_api = qemu_api();
+    tcg.vcpu_count = (unsigned)info->system.max_vcpus;
+    tcg.executed = calloc(tcg.vcpu_count, sizeof *tcg.executed);
+    if (!(door.capabilities & VMEXIT_CAN_RECORD))
+        return fail("this QEMU offers no way to read registers: neither its plugin interface nor exported internals");
+    if (tcg.executed == NULL || !qemu_init(tcg.vcpu_count) || !core_init(&door, tcg.vcpu_count) || !link_start(listening))
+        return fail("out of memory or descriptors");
+    if (qemu_register_reset)
+        qemu_register_reset(forget_holds, NULL);
+    qemu_plugin_register_vcpu_init_cb(id, on_vcpu_up);
+    qemu_plugin_register_vcpu_exit_cb(id, on_vcpu_down);
+    qemu_plugin_register_vcpu_tb_trans_cb(id, on_translation);
+    return 0;
+}

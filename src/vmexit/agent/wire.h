@@ -1,0 +1,201 @@
+/* Everything that the agent and the debugger share: limits, shared memory and control messages.
+ *
+ * The agent includes this file; the debugger reads the same text with cffi. It therefore holds plain structs of fixed-width
+ * integers and "#define NAME number" only, and every struct is laid out without padding.
+ *
+ * A link has two parts. The control socket (SOCK_SEQPACKET, one struct vmexit_message a datagram) carries what is asked and
+ * answered now and then. The shared memory (a sealed memfd) carries what happens at every trap: one ring of records a vCPU,
+ * written by that vCPU's thread alone and read by the debugger alone, ordered among each other by a global sequence number.
+ */
+#ifndef VMEXIT_WIRE_H
+#define VMEXIT_WIRE_H
+
+#include <stdint.h>
+
+#define VMEXIT_WIRE_MAGIC 0x74697865
+#define VMEXIT_WIRE_VERSION 1
+
+#define VMEXIT_MAX_EVENTS 256
+#define VMEXIT_MAX_RANGES 16
+#define VMEXIT_MAX_TRANSFER 4096
+#define VMEXIT_ALL_CORES 0xffffffff
+
+/* What a guest does: vmexit_event.access (a set), vmexit_record.access (one of them). */
+#define VMEXIT_WRMSR 1
+#define VMEXIT_RDMSR 2
+
+/* When: vmexit_event.stages (a set), vmexit_record.stage (one of them). */
+#define VMEXIT_PRE 1
+#define VMEXIT_POST 2
+
+/* What an event does: vmexit_event.actions (a set), vmexit_record.action (one of them). */
+#define VMEXIT_RECORD 1
+#define VMEXIT_ASK 2
+#define VMEXIT_BREAK 4
+
+/* vmexit_event.flags */
+#define VMEXIT_ENABLED 1
+#define VMEXIT_SHORT_CIRCUIT 2
+#define VMEXIT_IMMEDIATE 4
+
+/* vmexit_record.flags */
+#define VMEXIT_SKIPPED 1
+#define VMEXIT_INTERRUPTED 2
+
+/* Registers, in the order of the instruction encoding; the first 18 are what a question (VMEXIT_ASK) carries. */
+#define VMEXIT_RAX 0
+#define VMEXIT_RCX 1
+#define VMEXIT_RDX 2
+#define VMEXIT_RBX 3
+#define VMEXIT_RSP 4
+#define VMEXIT_RBP 5
+#define VMEXIT_RSI 6
+#define VMEXIT_RDI 7
+#define VMEXIT_RIP 16
+#define VMEXIT_RFLAGS 17
+#define VMEXIT_ASKED_REGISTERS 18
+#define VMEXIT_CS 18
+#define VMEXIT_SS 19
+#define VMEXIT_DS 20
+#define VMEXIT_ES 21
+#define VMEXIT_FS 22
+#define VMEXIT_GS 23
+#define VMEXIT_FS_BASE 24
+#define VMEXIT_GS_BASE 25
+#define VMEXIT_KERNEL_GS_BASE 26
+#define VMEXIT_CR0 27
+#define VMEXIT_CR2 28
+#define VMEXIT_CR3 29
+#define VMEXIT_CR4 30
+#define VMEXIT_CR8 31
+#define VMEXIT_EFER 32
+#define VMEXIT_REGISTERS 33
+
+/* What the agent can do here: vmexit_hello.capabilities. */
+#define VMEXIT_CAN_RECORD 1
+#define VMEXIT_CAN_READ 2
+#define VMEXIT_CAN_MODIFY 4
+#define VMEXIT_CAN_SKIP 8
+#define VMEXIT_CAN_POST 16
+#define VMEXIT_CAN_BREAK 32
+#define VMEXIT_CAN_MEMORY 64
+#define VMEXIT_CAN_MEMORY_WRITE 128
+
+struct vmexit_range {
+    uint32_t first;
+    uint32_t last; /* inclusive */
+};
+
+struct vmexit_event {
+    uint32_t id; /* rises in the order in which events were made; never 0, never given twice */
+    uint32_t slot; /* where its hits are counted, below VMEXIT_MAX_EVENTS */
+    uint8_t access;
+    uint8_t stages;
+    uint8_t actions;
+    uint8_t flags;
+    uint32_t core; /* a vCPU's index or VMEXIT_ALL_CORES */
+    uint32_t range_count;
+    uint32_t reserved;
+    struct vmexit_range ranges[VMEXIT_MAX_RANGES];
+};
+
+struct vmexit_record {
+    uint64_t sequence; /* 0, 1, 2 ... without a gap over all rings */
+    uint64_t time_ns; /* the host's CLOCK_MONOTONIC */
+    uint64_t rip; /* of the WRMSR or RDMSR itself, in both stages */
+    uint64_t rsp;
+    uint64_t value; /* EDX:EAX */
+    uint32_t msr; /* ECX */
+    uint32_t event; /* vmexit_event.id */
+    uint16_t vcpu;
+    uint8_t access;
+    uint8_t stage;
+    uint8_t action;
+    uint8_t flags;
+    uint8_t length; /* of the instruction, in bytes */
+    uint8_t reserved[9];
+};
+
+/* A question that a vCPU has stopped for, and its answer. The vCPU fills it, publishes a record with action VMEXIT_ASK and
+ * sleeps until answered == asked. */
+struct vmexit_question {
+    uint64_t asked; /* the record's sequence + 1; 0: nothing is asked */
+    uint64_t answered;
+    uint64_t registers[VMEXIT_ASKED_REGISTERS];
+    uint32_t changed; /* answer: bit n = the debugger changed registers[n] */
+    uint32_t skip; /* answer: 0 or 1, the short-circuit state from here on */
+};
+
+struct vmexit_ring {
+    uint64_t head; /* records written; the agent's */
+    uint64_t dropped; /* records that found no room (overflow policy drop); the agent's */
+    uint64_t waits; /* times that the vCPU had to wait for room; the agent's */
+    uint64_t urgent; /* head behind the last record that the debugger should see at once; the agent's */
+    uint64_t agent_line[4];
+    uint64_t tail; /* records read; the debugger's */
+    uint64_t debugger_line[7];
+    uint64_t waiting; /* 1: the vCPU sleeps on its eventfd; the agent's */
+    uint64_t waiting_line[7];
+    struct vmexit_question question;
+    uint64_t question_line[3];
+    uint64_t hits[VMEXIT_MAX_EVENTS]; /* of each event on this vCPU, by vmexit_event.slot; the agent's */
+};
+
+struct vmexit_shared {
+    uint32_t magic;
+    uint32_t version;
+    uint32_t vcpus; /* rings that follow */
+    uint32_t ring_records; /* records a ring holds, a power of two */
+    uint64_t records_offset; /* of the first ring's records from the start of the shared memory, in bytes */
+    uint64_t size; /* of the shared memory, in bytes */
+    uint64_t header_line[4];
+    uint64_t sleeping; /* 1: the debugger sleeps and wants its eventfd written; the debugger's */
+    uint64_t sleeping_line[7];
+};
+
+/* Control messages. The debugger asks, the agent answers each with the same type and serial, status 0 or an error. */
+#define VMEXIT_HELLO 1 /* -> struct vmexit_hello, with the memfd and the debugger's eventfd attached */
+#define VMEXIT_EVENTS 2 /* struct vmexit_event[count]: replaces all events; rising ids */
+#define VMEXIT_OVERFLOW 3 /* argument 0: a full ring makes the vCPU wait; 1: drops and counts */
+#define VMEXIT_HOLD 4 /* argument 1: the debugger keeps the machine halted; if the link breaks, the agent resumes it */
+#define VMEXIT_DECIDE 5 /* vcpu, argument 1 or 0: short-circuit the execution that this vCPU is stopped before, or not */
+#define VMEXIT_GET_REGISTERS 6 /* vcpu -> uint64_t[VMEXIT_REGISTERS] */
+#define VMEXIT_SET_REGISTER 7 /* vcpu, argument = register, address = value */
+#define VMEXIT_READ_VIRTUAL 8 /* vcpu, address, argument = bytes -> bytes */
+#define VMEXIT_READ_PHYSICAL 9
+#define VMEXIT_WRITE_VIRTUAL 10 /* vcpu, address, bytes behind the header */
+#define VMEXIT_WRITE_PHYSICAL 11
+/* Notices of the agent, with serial 0. */
+#define VMEXIT_VCPU 64 /* vcpu has come up; its eventfd is attached */
+
+/* vmexit_message.status */
+#define VMEXIT_OK 0
+#define VMEXIT_REFUSED 1 /* malformed: wrong size, unknown type, value out of range */
+#define VMEXIT_BUSY 2 /* another debugger holds the link */
+#define VMEXIT_RUNNING 3 /* the vCPU runs; halt the machine first */
+#define VMEXIT_UNREADABLE 4 /* the address is not mapped */
+#define VMEXIT_UNAVAILABLE 5 /* this VMM does not let the agent do it */
+#define VMEXIT_WRONG_VERSION 6
+
+struct vmexit_message {
+    uint32_t magic;
+    uint16_t type;
+    uint16_t status;
+    uint64_t serial;
+    uint32_t vcpu;
+    uint32_t argument;
+    uint64_t address;
+    uint32_t length; /* of what follows, in bytes */
+    uint32_t reserved;
+};
+
+struct vmexit_hello {
+    uint32_t version;
+    uint32_t capabilities;
+    uint32_t vcpus; /* rings */
+    uint32_t plugin_api; /* the VMM's QEMU plugin API version; 0: not a plugin */
+    uint64_t sequence; /* of the first record that this debugger will see */
+    char door[16];
+};
+
+#endif

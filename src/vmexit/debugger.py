@@ -1,0 +1,569 @@
+"""The debugger: the one object that a console, a file of commands or a Python program drives."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import select
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+
+from vmexit import program
+from vmexit.errors import LinkError, TargetError, VmexitError
+from vmexit.events.event import Callback, Event
+from vmexit.events.msrs import UNNAMED_READS, UNNAMED_WRITES, MsrSet
+from vmexit.events.table import EventTable
+from vmexit.guest.disassembly import Mode, mode_of
+from vmexit.link.client import RequestError
+from vmexit.link.rings import Records
+from vmexit.link.wire import Access, Action, Stage, Status
+from vmexit.recording import Recording, Summary
+from vmexit.targets.base import Notice, NoticeKind, Target
+from vmexit.trap import LiveTrap, Registers, Trap, traps_of
+
+# How long the debugger sleeps when nothing calls it: records that need not be seen at once wait no longer than this.
+_POLL_S = 0.05
+_HALT_S = 20.0
+_KEPT = 200_000
+
+
+class State(enum.Enum):
+    """Of the machine."""
+
+    RUNNING = "running"
+    HALTED = "halted"
+    ENDED = "ended"
+
+
+class StopReason(enum.Enum):
+    """Why a machine does not run."""
+
+    START = "before its first instruction"
+    BREAK = "an event broke"
+    PAUSED = "it was paused"
+    SHUTDOWN = "the guest has shut down"
+    ENDED = "its VMM has ended"
+    CONDITION = "the condition to run until has come true"
+    TIMEOUT = "the time to run has passed"
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """A machine that has stopped, or ended."""
+
+    reason: StopReason
+    trap: Trap | None = None
+    """What broke, with StopReason.BREAK."""
+    exit_status: int | None = None
+    """Of the VMM, with StopReason.ENDED; minus a signal's number if that ended it."""
+
+
+class Overflow(enum.Enum):
+    """What happens when records come faster than they are taken."""
+
+    WAIT = "wait"
+    """The vCPU waits; nothing is lost."""
+    DROP = "drop"
+    """Records are dropped and counted; questions and breaks are not."""
+
+
+Listener = Callable[[list[Trap]], None]
+"""Gets the records of events, oldest first."""
+
+
+class Debugger:
+    """Drives one machine.
+
+    Thread-safe, with one exception: only one thread at a time may let it work (``run``, ``traps``, ``pump``). Callbacks and
+    listeners are called by that thread. Methods that ask the machine for something raise LinkError or TargetError when it is
+    gone.
+    """
+
+    def __init__(self, target: Target) -> None:
+        """Takes over the target, which is halted before its first instruction, and ends it with itself."""
+        self.target = target
+        self.events = EventTable()
+        self.summary = Summary()
+        self.lock = threading.RLock()
+        self.state = State.HALTED
+        self.stop: Stop | None = Stop(StopReason.START)
+        self.core = 0
+        """The vCPU that registers and memory are taken from unless another is named."""
+        self.on_stop: Callable[[Stop], None] | None = None
+        """Called when a running machine has stopped or ended."""
+        self.on_notice: Callable[[Notice], None] | None = None
+        """Called for what the machine tells of itself and that is no stop: a reset, a panic."""
+        self.listeners: list[Listener] = []
+        self.overflow = Overflow.WAIT
+        self._rings = target.link.rings
+        self._breaks: deque[Trap] = deque()
+        self._shut_down = False
+        self._started = False
+        self._halting = False
+        self._error: BaseException | None = None
+        self._dropped_before = 0
+
+    # ---- coming and going ----
+
+    def __enter__(self) -> Debugger:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the machine. Nothing of it is left behind."""
+        with self.lock:
+            self.state = State.ENDED
+            self.target.close()
+
+    # ---- events ----
+
+    def add(self, event: Event) -> Event:
+        """Takes in an event; it holds from the next instruction on. Raises VmexitError, with the reason, if it cannot be."""
+        with self.lock:
+            event.check()
+            self._check_alive()
+            program.check(event, self.target.link.capabilities, self.target.vcpus, self.target.name)
+            self.events.add(event)
+            self._rings.clear_hits(event.slot)
+            try:
+                self._push()
+            except BaseException:
+                self.events.remove(event)
+                raise
+        return event
+
+    def on_msr_write(
+        self,
+        msr: int | range | None = None,
+        callback: Callback | None = None,
+        *,
+        core: int | None = None,
+        stage: Stage = Stage.PRE,
+        short_circuit: bool = False,
+        immediate: bool = False,
+        keep: int = _KEPT,
+    ) -> Event:
+        """Traps WRMSR: calls ``callback`` with each, or records it.
+
+        ``msr``: one address, a range of them, or None for all but those that are written all the time (events.msrs). ``core``:
+        a vCPU's index, None for all. ``keep``: so many of the newest records stay in ``event.recording``; none with a callback.
+        """
+        return self._on_access(Access.WRMSR, msr, callback, core, stage, short_circuit, immediate, keep)
+
+    def on_msr_read(
+        self,
+        msr: int | range | None = None,
+        callback: Callback | None = None,
+        *,
+        core: int | None = None,
+        stage: Stage = Stage.PRE,
+        short_circuit: bool = False,
+        immediate: bool = False,
+        keep: int = _KEPT,
+    ) -> Event:
+        """Traps RDMSR; as on_msr_write. What was read is to be seen, and changed, in Stage.POST."""
+        return self._on_access(Access.RDMSR, msr, callback, core, stage, short_circuit, immediate, keep)
+
+    def _on_access(
+        self,
+        access: Access,
+        msr: int | range | None,
+        callback: Callback | None,
+        core: int | None,
+        stage: Stage,
+        short_circuit: bool,
+        immediate: bool,
+        keep: int,
+    ) -> Event:
+        if msr is None:
+            msrs = MsrSet.all_but(UNNAMED_WRITES if access == Access.WRMSR else UNNAMED_READS)
+        elif isinstance(msr, int):
+            msrs = MsrSet.of(msr)
+        else:
+            msrs = MsrSet.of_ranges([(msr.start, msr.stop - 1)]) if msr.step == 1 else MsrSet.of(*msr)
+        return self.add(
+            Event(
+                access=access,
+                msrs=msrs,
+                stage=stage,
+                core=core,
+                action=Action.ASK if callback else Action.RECORD,
+                callback=callback,
+                short_circuit=short_circuit,
+                immediate=immediate,
+                text=f"on_msr_{'write' if access == Access.WRMSR else 'read'}({msrs})",
+                recording=None if callback else Recording(keep),
+            )
+        )
+
+    def enable(self, event: Event, enabled: bool = True) -> None:
+        """Enables or disables an event, from the next instruction on."""
+        with self.lock:
+            was, event.enabled = event.enabled, enabled
+            try:
+                self._push()
+            except BaseException:
+                event.enabled = was
+                raise
+
+    def clear(self, event: Event) -> None:
+        """Removes an event for good, from the next instruction on."""
+        with self.lock:
+            self.events.remove(event)
+            self._push()
+
+    def hits(self, event: Event) -> int:
+        """How often the event has been triggered."""
+        with self.lock:
+            return 0 if self.target.link.closed else self._rings.hits(event.slot)
+
+    def dropped(self) -> int:
+        """Records that were dropped for want of room (Overflow.DROP)."""
+        with self.lock:
+            return self._dropped_before if self.target.link.closed else self._rings.counters()[0]
+
+    def waits(self) -> int:
+        """How often a vCPU had to wait for room."""
+        with self.lock:
+            return 0 if self.target.link.closed else self._rings.counters()[1]
+
+    def set_overflow(self, overflow: Overflow) -> None:
+        """Chooses what happens when records come faster than they are taken."""
+        with self.lock:
+            self.target.link.set_overflow(overflow == Overflow.DROP)
+            self.overflow = overflow
+
+    def _push(self) -> None:
+        if self.state != State.ENDED:
+            self.target.link.set_events([program.lower(event) for event in self.events])
+
+    def _check_alive(self) -> None:
+        if self.state == State.ENDED:
+            raise TargetError("the machine has ended")
+
+    # ---- registers and memory of a halted machine ----
+
+    def registers(self, core: int | None = None) -> Registers:
+        """A vCPU's registers, to be read and written while the machine is halted. Raises RequestError while it runs."""
+        core = self._existing(core)
+        with self.lock:
+            self._check_alive()
+            values = self.target.link.registers(core)
+
+        def write(number: int, value: int) -> None:
+            with self.lock:
+                self.target.link.set_register(core, number, value)
+
+        return Registers(dict(enumerate(values)), write)
+
+    def read_memory(self, core: int | None, address: int, length: int, *, physical: bool = False) -> bytes:
+        """Guest memory by that vCPU's page tables. Raises RequestError while the machine runs, and for what is not mapped."""
+        core = self._existing(core)
+        with self.lock:
+            self._check_alive()
+            return self.target.link.read_memory(core, address, length, physical=physical)
+
+    def write_memory(self, core: int | None, address: int, data: bytes, *, physical: bool = False) -> None:
+        """Changes guest memory, read-only pages included."""
+        core = self._existing(core)
+        with self.lock:
+            self._check_alive()
+            self.target.link.write_memory(core, address, data, physical=physical)
+
+    def code_mode(self, core: int | None = None) -> Mode:
+        """How wide the code is that a vCPU executes, as far as CR0 and EFER tell (disassembly.mode_of)."""
+        registers = self.registers(core)
+        return mode_of(registers["cr0"], registers["efer"])
+
+    def _existing(self, core: int | None) -> int:
+        core = self.core if core is None else core
+        if not 0 <= core < self.target.vcpus:
+            raise VmexitError(f"there is no core {core:x}; this machine has {self.target.vcpus:x}")
+        return core
+
+    def decide(self, skip: bool) -> None:
+        """Short-circuits, or executes after all, the instruction that the current core is stopped before."""
+        with self.lock:
+            self._check_alive()
+            try:
+                self.target.link.decide(self.core, skip)
+            except RequestError as error:
+                if error.status != Status.REFUSED:
+                    raise
+                raise VmexitError(
+                    f"core {self.core:x} is not stopped before a trapped instruction (stage pre); there is nothing to decide"
+                ) from None
+
+    # ---- running ----
+
+    def go(self) -> None:
+        """Lets a halted machine run, or shows the next vCPU that has stopped at the same time. Does not wait.
+
+        Where two vCPUs came to a break at once the machine is halted once; the second break becomes the next stop,
+        before anything has run, unless its event has been disabled or cleared since.
+        """
+        with self.lock:
+            self._check_alive()
+            if self.state == State.RUNNING:
+                return
+            while self._breaks:
+                trap = self._breaks.popleft()
+                event = self.events.get(trap.event)
+                if event is not None and event.enabled:
+                    self._stopped(Stop(StopReason.BREAK, trap))
+                    return
+            if self._shut_down:
+                raise TargetError("the guest has shut down; all that is left is to end it (.exit)")
+            self._started = True
+            self._halting = False
+            self.state = State.RUNNING
+            self.stop = None
+            try:
+                self.target.resume()
+            except BaseException:
+                self.state = State.HALTED
+                self.stop = Stop(StopReason.PAUSED)
+                raise
+
+    def pause(self) -> None:
+        """Asks a running machine to halt. Does not wait: the stop comes while the debugger is let work."""
+        with self.lock:
+            self._check_alive()
+            if self.state == State.RUNNING and not self._halting:
+                self._halting = True
+                self.target.halt()
+
+    def run(self, until: Callable[[], bool] | None = None, timeout: float | None = None) -> Stop:
+        """Lets the machine run until it stops, ends, ``until()`` is true, or ``timeout`` seconds have passed; gives which.
+
+        The machine is halted when this returns. ``until`` is asked after each batch of records. An exception of a callback (and
+        Ctrl-C) comes out of here; the instruction that the callback was called for is then executed as it stands.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        self.go()
+        reason = None
+        try:
+            while self.state == State.RUNNING:
+                if until is not None and until():
+                    reason = StopReason.CONDITION
+                    break
+                left = _POLL_S if deadline is None else min(_POLL_S, deadline - time.monotonic())
+                if left <= 0:
+                    reason = StopReason.TIMEOUT
+                    break
+                self.pump(left)
+        finally:
+            self.wait_until_halted()
+        assert self.stop is not None
+        if reason is not None and self.stop.reason == StopReason.PAUSED:
+            self.stop = Stop(reason)
+        return self.stop
+
+    def traps(self, timeout: float | None = None) -> Iterator[Trap]:
+        """Lets the machine run and gives each record as it comes, until the machine stops, ends, or the time has passed.
+
+        The machine is halted when the iteration ends, also by ``break``. A slow consumer slows the machine; nothing is lost.
+        """
+        batch: list[Trap] = []
+        deadline = None if timeout is None else time.monotonic() + timeout
+        self.listeners.append(batch.extend)
+        try:
+            self.go()
+            while self.state == State.RUNNING and (deadline is None or time.monotonic() < deadline):
+                self.pump(_POLL_S if deadline is None else min(_POLL_S, max(0.0, deadline - time.monotonic())))
+                yield from batch
+                batch.clear()
+        finally:
+            self.wait_until_halted()
+            self.listeners.remove(batch.extend)
+        yield from batch
+
+    def wait_until_halted(self) -> None:
+        """Halts the machine if it runs, and works until it stands. Raises TargetError if it does not."""
+        deadline = time.monotonic() + _HALT_S
+        while self.state == State.RUNNING:
+            self.pause()
+            if time.monotonic() > deadline:
+                raise TargetError(f"the machine did not halt within {_HALT_S:g} s")
+            self.pump(_POLL_S)
+
+    def pump(self, timeout: float = 0.0) -> None:
+        """Works: takes what the machine has sent, calls callbacks and listeners, waits up to ``timeout`` seconds for more.
+
+        An exception of a callback or listener comes out of here, once everything that was there is dealt with.
+        """
+        with self.lock:
+            worked = self._work()
+        if timeout > 0 and not worked and self.state != State.ENDED:
+            self._sleep(timeout)
+            with self.lock:
+                self._work()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _sleep(self, timeout: float) -> None:
+        link = self.target.link
+        with self.lock:
+            watched = self.target.filenos()
+            if not link.closed:
+                if not self._rings.before_sleep():
+                    return
+                watched += [self._rings.wake_fd, link.fileno()]
+        try:
+            select.select(watched, [], [], min(timeout, _POLL_S))
+        except (OSError, ValueError):
+            return  # closed by another thread in the meantime
+        finally:
+            with self.lock:
+                if not link.closed:
+                    self._rings.after_sleep()
+
+    def _work(self) -> bool:
+        """Deals with what is there; whether that was anything."""
+        if self.state == State.ENDED:
+            return False
+        drained = self._drain()
+        self._take_link_notices()
+        notices = self.target.notices()
+        for notice in notices:
+            self._on_target_notice(notice)
+        return bool(drained or notices)
+
+    def _drain(self, *, final: bool = False) -> int:
+        """Deals with the records that are there; how many."""
+        if self.target.link.closed:
+            return 0
+        records = self._rings.drain(final=final)
+        if len(records):
+            self._take(records)
+        return len(records)
+
+    def _take_link_notices(self) -> None:
+        if self.target.link.closed:
+            return
+        try:
+            self.target.link.handle_notices()
+        except LinkError:
+            self._link_is_gone()
+
+    def _link_is_gone(self) -> None:
+        """The VMM has ended or is about to; what it has left in the rings still counts."""
+        self._drain(final=True)
+        self._dropped_before = self._rings.counters()[0]
+        self.target.link.close()
+
+    # ---- records ----
+
+    def _take(self, records: Records) -> None:
+        self.summary.add(records)
+        self._keep(records)
+        actions = int(np.bitwise_or.reduce(records["action"]))
+        if actions == Action.RECORD and not self.listeners:
+            return
+        batch: list[Trap] = []
+        for trap in traps_of(records):
+            if trap.action == Action.RECORD:
+                batch.append(trap)
+                continue
+            self._tell(batch)
+            batch = []
+            if trap.action == Action.ASK:
+                self._ask(trap)
+            else:
+                self._breaks.append(trap)
+        self._tell(batch)
+
+    def _keep(self, records: Records) -> None:
+        for event in self.events:
+            if event.recording is not None:
+                mine = records["event"] == event.number + 1
+                event.recording.add(records if mine.all() else records[mine])
+
+    def _tell(self, batch: list[Trap]) -> None:
+        if batch:
+            for listener in list(self.listeners):
+                with self._keeping_errors():
+                    listener(batch)
+
+    @contextlib.contextmanager
+    def _keeping_errors(self) -> Iterator[None]:
+        """An exception is raised once the work is done; of several the first."""
+        try:
+            yield
+        except BaseException as error:
+            self._error = self._error or error
+
+    def _ask(self, trap: Trap) -> None:
+        values = self._rings.question_registers(trap.core)
+        live = LiveTrap(trap, list(values), self)
+        event = self.events.get(trap.event)
+        changed, skip = 0, trap.skipped
+        # After an exception the rest of the batch is answered without asking: the vCPUs wait.
+        if event is not None and event.callback is not None and self._error is None:
+            with self._keeping_errors():
+                event.callback(live)
+                changed, skip, values = live.changed, live.short_circuit, live.values
+        self._rings.answer(trap.core, trap.sequence, values, changed, skip)
+
+    # ---- stops ----
+
+    def _on_target_notice(self, notice: Notice) -> None:
+        if notice.kind == NoticeKind.STOPPED:
+            self._on_stopped()
+        elif notice.kind == NoticeKind.RESUMED:
+            self._on_resumed()
+        elif notice.kind == NoticeKind.ENDED:
+            self._on_ended()
+        elif notice.kind == NoticeKind.SHUTDOWN:
+            self._shut_down = True
+            self._notify(notice)
+        else:
+            self._breaks.clear()
+            self._notify(notice)
+
+    def _notify(self, notice: Notice) -> None:
+        if self.on_notice is not None:
+            with self._keeping_errors():
+                self.on_notice(notice)
+
+    def _on_stopped(self) -> None:
+        if self.state != State.RUNNING:
+            return
+        # A vCPU leaves its record before it halts the machine.
+        self._drain()
+        if self._shut_down:
+            self._stopped(Stop(StopReason.SHUTDOWN))
+        elif self._breaks:
+            self._stopped(Stop(StopReason.BREAK, self._breaks.popleft()))
+        else:
+            self._stopped(Stop(StopReason.PAUSED))
+
+    def _on_resumed(self) -> None:
+        """By somebody else: another monitor, gdb. The debugger's own orders have changed the state already."""
+        if self.state == State.HALTED and self._started:
+            self._breaks.clear()
+            self.state = State.RUNNING
+            self.stop = None
+
+    def _on_ended(self) -> None:
+        if not self.target.link.closed:
+            self._link_is_gone()
+        self._stopped(Stop(StopReason.ENDED, exit_status=self.target.exit_status))
+
+    def _stopped(self, stop: Stop) -> None:
+        self.state = State.ENDED if stop.reason == StopReason.ENDED else State.HALTED
+        self.stop = stop
+        if stop.trap is not None:
+            self.core = stop.trap.core
+        if self.on_stop is not None:
+            with self._keeping_errors():
+                self.on_stop(stop)

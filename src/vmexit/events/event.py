@@ -1,0 +1,58 @@
+"""An event: which WRMSR or RDMSR, when, and what then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from vmexit.errors import VmexitError
+from vmexit.events.msrs import MsrSet
+from vmexit.link.wire import Access, Action, Stage
+
+if TYPE_CHECKING:
+    from vmexit.recording import Recording
+    from vmexit.trap import LiveTrap
+
+Callback = Callable[["LiveTrap"], None]
+
+
+class EventError(VmexitError):
+    """An event that makes no sense; ``option`` is the option of the command line that is to blame."""
+
+    def __init__(self, option: str, message: str) -> None:
+        super().__init__(message)
+        self.option = option
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Event:
+    """One event. What it is does not change once it is made; whether it is enabled does."""
+
+    access: Access
+    msrs: MsrSet
+    stage: Stage = Stage.PRE
+    core: int | None = None
+    """The index of the only vCPU that it looks at; None: all."""
+    action: Action = Action.BREAK
+    callback: Callback | None = None
+    """What Action.ASK calls."""
+    short_circuit: bool = False
+    immediate: bool = True
+    """Records are wanted at once; else they may be gathered, which costs a trap less."""
+    text: str = ""
+    """The command line, or what stands for it in a list of events."""
+    enabled: bool = True
+    number: int = -1
+    """The event's number, from 0; given by the table that takes it in."""
+    slot: int = -1
+    """Where the agent counts its hits; given by the table."""
+    recording: Recording | None = field(default=None, repr=False)
+    """Where its records are kept; None: they are only counted and passed on."""
+
+    def check(self) -> None:
+        """Raises EventError for options that contradict each other."""
+        if self.short_circuit and self.stage & Stage.POST:
+            raise EventError("sc", "'sc on' needs 'stage pre': what has been executed cannot be short-circuited any more")
+        if (self.action == Action.ASK) != (self.callback is not None):
+            raise EventError("script", "a callback and the action that calls it go together")

@@ -1,0 +1,1 @@
+"""What the guest is doing: its registers and its code."""

@@ -1,0 +1,1 @@
+"""The Python half of the wire between the debugger and the agent."""

@@ -1,0 +1,214 @@
+"""The control socket: what the debugger asks the agent for now and then."""
+
+import contextlib
+import mmap
+import os
+import select
+import socket
+import struct
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from vmexit.errors import LinkError
+from vmexit.link import wire
+from vmexit.link.rings import Rings
+from vmexit.link.wire import Capability, MessageType, Status
+
+_ANSWER_S = 10.0
+_HEADER = wire.size("message")
+_MOST = _HEADER + max(wire.MAX_TRANSFER, wire.REGISTERS * 8, wire.size("hello"))
+
+_MEANING = {
+    Status.REFUSED: "the agent refused the request",
+    Status.BUSY: "another debugger is attached to this machine",
+    Status.RUNNING: "the machine runs; halt it first (pause)",
+    Status.UNREADABLE: "the address is not mapped",
+    Status.UNAVAILABLE: "this QEMU does not let the agent do that",
+    Status.WRONG_VERSION: "the agent in this machine is of another version of vmexit",
+}
+
+
+class RequestError(LinkError):
+    """The agent answered with an error; ``status`` says which."""
+
+    def __init__(self, status: Status) -> None:
+        super().__init__(_MEANING.get(status, f"the agent answered {status.name.lower()}"))
+        self.status = status
+
+
+class Link:
+    """A connection to the agent in a VMM. One at a time; closing it makes the agent let go of everything."""
+
+    def __init__(self, path: Path) -> None:
+        """Connects to the agent's socket and shakes hands. Raises LinkError."""
+        self._serial = 0
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.settimeout(_ANSWER_S)
+        self.closed = False
+        try:
+            self._socket.connect(str(path))
+        except OSError as error:
+            self._socket.close()
+            raise LinkError(f"cannot reach the agent: {error.strerror}") from None
+        try:
+            self._greet()
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def _greet(self) -> None:
+        fds: list[int] = []
+        payload = self._exchange(MessageType.HELLO, payload=struct.pack("<I", wire.VERSION), fds=fds)
+        if len(fds) != 2 or len(payload) != wire.size("hello"):
+            for fd in fds:
+                os.close(fd)
+            raise LinkError("the agent's greeting is not what this version of vmexit expects")
+        hello = wire.unpack("hello", payload)
+        memory_fd, wake_fd = fds
+        try:
+            memory = mmap.mmap(memory_fd, 0)
+        finally:
+            os.close(memory_fd)
+        self.capabilities = Capability(hello.capabilities)
+        self.plugin_api: int = hello.plugin_api
+        self.door: str = bytes(wire.ffi.buffer(hello.door)).rstrip(b"\0").decode("ascii", "replace")
+        self.rings = Rings(memory, wake_fd, hello.sequence)
+
+    def close(self) -> None:
+        """Ends the connection; the agent switches every event off. Does nothing the second time."""
+        if not self.closed:
+            self.closed = True
+            self._socket.close()
+            self.rings.close()
+
+    def fileno(self) -> int:
+        """The socket, to be waited for: readable means a notice, or that the VMM is gone."""
+        return self._socket.fileno()
+
+    def _send(self, kind: MessageType, vcpu: int, argument: int, address: int, payload: bytes) -> None:
+        self._serial += 1
+        header = wire.pack(
+            "message",
+            magic=wire.MAGIC,
+            type=int(kind),
+            serial=self._serial,
+            vcpu=vcpu,
+            argument=argument,
+            address=address,
+            length=len(payload),
+        )
+        try:
+            self._socket.sendall(header + payload)
+        except OSError as error:
+            raise LinkError(f"the link to the agent is broken: {error.strerror}") from None
+
+    def _receive(self, fds: list[int]) -> tuple[int, int, int, int, bytes]:
+        """One datagram: (type, status, serial, vcpu, payload). Descriptors that come with it are added to ``fds``."""
+        try:
+            data, received_fds, _, _ = socket.recv_fds(self._socket, _MOST, 2)
+        except TimeoutError:
+            raise LinkError(f"the agent did not answer within {_ANSWER_S:g} s") from None
+        except OSError as error:
+            raise LinkError(f"the link to the agent is broken: {error.strerror}") from None
+        fds.extend(received_fds)
+        if len(data) < _HEADER:
+            raise LinkError("the machine is gone: the agent has closed the link")
+        header = wire.unpack("message", data)
+        if header.magic != wire.MAGIC or len(data) != _HEADER + header.length:
+            raise LinkError("the agent sent a message that this version of vmexit does not understand")
+        return header.type, header.status, header.serial, header.vcpu, data[_HEADER:]
+
+    def _notice(self, kind: int, vcpu: int, fds: list[int]) -> None:
+        if kind == MessageType.VCPU and len(fds) == 1 and vcpu < self.rings.vcpus:
+            self.rings.vcpu_up(vcpu, fds[0])
+        else:
+            for fd in fds:
+                os.close(fd)
+
+    def _exchange(
+        self,
+        kind: MessageType,
+        vcpu: int = 0,
+        argument: int = 0,
+        address: int = 0,
+        payload: bytes = b"",
+        fds: list[int] | None = None,
+    ) -> bytes:
+        self._send(kind, vcpu, argument, address, payload)
+        deadline = time.monotonic() + _ANSWER_S
+        while time.monotonic() < deadline:
+            received: list[int] = []
+            answer, status, serial, about, data = self._receive(received)
+            if answer == kind and (serial == self._serial or status == Status.BUSY):
+                if status != Status.OK:
+                    raise RequestError(Status(status))
+                if fds is not None:
+                    fds.extend(received)
+                return data
+            self._notice(answer, about, received)
+        raise LinkError(f"the agent did not answer within {_ANSWER_S:g} s")
+
+    def handle_notices(self) -> None:
+        """Takes what the agent has sent by itself. Raises LinkError when the VMM is gone."""
+        while self.closed or select.select([self._socket], [], [], 0)[0]:
+            if self.closed:
+                raise LinkError("the link is closed")
+            fds: list[int] = []
+            kind, _, _, vcpu, _ = self._receive(fds)
+            self._notice(kind, vcpu, fds)
+
+    # What can be asked for. Each raises LinkError, or RequestError with the agent's own reason.
+
+    def set_events(self, events: Sequence[bytes]) -> None:
+        """Replaces all events (packed ``vmexit_event``, ids rising); holds from the next instruction on."""
+        self._exchange(MessageType.EVENTS, argument=len(events), payload=b"".join(events))
+
+    def set_overflow(self, drop: bool) -> None:
+        """A full ring drops and counts (True) or makes the vCPU wait (False)."""
+        self._exchange(MessageType.OVERFLOW, argument=int(drop))
+
+    def hold(self, held: bool) -> None:
+        """Tells the agent whether the debugger keeps the machine halted, so that it goes on if the debugger dies."""
+        self._exchange(MessageType.HOLD, argument=int(held))
+
+    def decide(self, vcpu: int, skip: bool) -> None:
+        """Short-circuits (or not) the one instruction that the vCPU is stopped before."""
+        self._exchange(MessageType.DECIDE, vcpu, int(skip))
+
+    def registers(self, vcpu: int) -> list[int]:
+        """All registers (wire.REGISTERS) of a vCPU of a halted machine, or of one that has asked."""
+        return list(struct.unpack(f"<{wire.REGISTERS}Q", self._exchange(MessageType.GET_REGISTERS, vcpu)))
+
+    def set_register(self, vcpu: int, number: int, value: int) -> None:
+        """Changes one register of a vCPU of a halted machine."""
+        self._exchange(MessageType.SET_REGISTER, vcpu, number, value)
+
+    def read_memory(self, vcpu: int, address: int, length: int, *, physical: bool = False) -> bytes:
+        """Guest memory, by the page tables of that vCPU. Raises RequestError (UNREADABLE) if any of it is not mapped."""
+        kind = MessageType.READ_PHYSICAL if physical else MessageType.READ_VIRTUAL
+        parts = [self._exchange(kind, vcpu, size, start) for start, size in _chunks(address, length)]
+        return b"".join(parts)
+
+    def write_memory(self, vcpu: int, address: int, data: bytes, *, physical: bool = False) -> None:
+        """Changes guest memory, whatever protection its pages have. What lies before an unmapped page is written all the same."""
+        kind = MessageType.WRITE_PHYSICAL if physical else MessageType.WRITE_VIRTUAL
+        for start, size in _chunks(address, len(data)):
+            self._exchange(kind, vcpu, 0, start, data[start - address : start - address + size])
+
+    @contextlib.contextmanager
+    def closing(self) -> Iterator["Link"]:
+        """``with link.closing():`` closes it however the block ends."""
+        try:
+            yield self
+        finally:
+            self.close()
+
+
+def _chunks(address: int, length: int) -> Iterator[tuple[int, int]]:
+    """Pieces that one message can carry; none crosses a 4 KB page, so that an unmapped one is told exactly."""
+    end = address + length
+    while address < end:
+        size = min(end - address, wire.MAX_TRANSFER - address % wire.MAX_TRANSFER)
+        yield address & 0xFFFF_FFFF_FFFF_FFFF, size
+        address += size

@@ -1,0 +1,182 @@
+"""The rings of records in shared memory: draining them in order, and answering the questions of stopped vCPUs."""
+
+import contextlib
+import mmap
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from vmexit.errors import LinkError
+from vmexit.link import wire
+
+Records = npt.NDArray[np.void]
+"""Records (wire.RECORD), rising by sequence number."""
+
+_U64 = 8
+
+
+class Rings:
+    """The shared memory of one link. Not thread-safe: one thread drains and answers."""
+
+    def __init__(self, memory: mmap.mmap, wake_fd: int, first_sequence: int) -> None:
+        """``wake_fd``: the eventfd that the agent writes when records are there and the debugger sleeps.
+
+        Raises LinkError where the memory does not look as the agent lays it out.
+        """
+        header = wire.unpack("shared", memory[: wire.size("shared")])
+        if header.magic != wire.MAGIC or header.version != wire.VERSION or header.size > len(memory):
+            raise LinkError("the agent's shared memory is not what this version of vmexit expects")
+        self.vcpus: int = header.vcpus
+        self.wake_fd = wake_fd
+        self._memory = memory
+        self._words = memoryview(memory).cast("Q")
+        self._sleeping = wire.offset("shared", "sleeping") // _U64
+        self._capacity: int = header.ring_records
+        first, stride = wire.size("shared"), wire.size("ring")
+        self._rings = [(first + stride * i) // _U64 for i in range(self.vcpus)]
+        self._records: list[Records] = [
+            np.frombuffer(
+                memory,
+                wire.RECORD,
+                self._capacity,
+                header.records_offset + i * self._capacity * wire.size("record"),
+            )
+            for i in range(self.vcpus)
+        ]
+        self._head = wire.offset("ring", "head") // _U64
+        self._tail = wire.offset("ring", "tail") // _U64
+        self._urgent = wire.offset("ring", "urgent") // _U64
+        self._waiting = wire.offset("ring", "waiting") // _U64
+        self._hits = wire.offset("ring", "hits") // _U64
+        question = wire.offset("ring", "question")
+        self._answered = (question + wire.offset("question", "answered")) // _U64
+        self._registers = (question + wire.offset("question", "registers")) // _U64
+        self._verdict = (question + wire.offset("question", "changed")) // _U64
+        self._vcpu_fds: dict[int, int] = {}
+        self._next = first_sequence
+        self._early: Records = np.empty(0, wire.RECORD)
+
+    def close(self) -> None:
+        """Lets go of the shared memory and the eventfds. The rings are not to be used afterwards."""
+        self._records.clear()
+        self._words.release()
+        # Records that somebody still looks at keep the memory; the last of them frees it.
+        with contextlib.suppress(BufferError):
+            self._memory.close()
+        for fd in [self.wake_fd, *self._vcpu_fds.values()]:
+            os.close(fd)
+        self._vcpu_fds.clear()
+
+    def vcpu_up(self, vcpu: int, fd: int) -> None:
+        """Takes the eventfd that this vCPU sleeps on; the rings own it from now on."""
+        old = self._vcpu_fds.pop(vcpu, None)
+        if old is not None:
+            os.close(old)
+        self._vcpu_fds[vcpu] = fd
+
+    def _wake(self, vcpu: int) -> None:
+        fd = self._vcpu_fds.get(vcpu)
+        if fd is not None:
+            os.eventfd_write(fd, 1)
+
+    def _take(self, vcpu: int) -> Records | None:
+        """Copies what one ring holds, makes room, and wakes its vCPU if that waits for room."""
+        words, base = self._words, self._rings[vcpu]
+        head, tail = words[base + self._head], words[base + self._tail]
+        if head == tail:
+            return None
+        start, stop = tail % self._capacity, head % self._capacity
+        ring = self._records[vcpu]
+        taken = ring[start:stop].copy() if start < stop else np.concatenate((ring[start:], ring[:stop]))
+        words[base + self._tail] = head
+        if words[base + self._waiting]:
+            self._wake(vcpu)
+        return taken
+
+    def drain(self, *, final: bool = False) -> Records:
+        """All records that are there, in the global order and without a gap.
+
+        A record whose predecessor is still being written waits for the next call; with ``final`` (the writer is gone) nothing
+        waits.
+        """
+        parts = [part for part in map(self._take, range(self.vcpus)) if part is not None]
+        if not parts and not (final and len(self._early)):
+            return self._early[:0]
+        if len(parts) == 1 and not len(self._early) and self._follows(parts[0]):
+            self._next += len(parts[0])
+            return parts[0]
+        merged = np.concatenate((self._early, *parts))
+        merged = merged[np.argsort(merged["sequence"], kind="stable")]
+        merged = merged[merged["sequence"] >= self._next]  # left by a trap of before this debugger
+        if final:
+            ready = len(merged)
+        else:
+            in_place = merged["sequence"] == np.arange(self._next, self._next + len(merged), dtype=np.uint64)
+            ready = len(merged) if in_place.all() else int(np.argmin(in_place))
+        self._early = merged[ready:].copy()
+        self._next += ready
+        return merged[:ready]
+
+    def _follows(self, records: Records) -> bool:
+        first, last = int(records["sequence"][0]), int(records["sequence"][-1])
+        return first == self._next and last - first == len(records) - 1
+
+    def _calls(self, base: int) -> bool:
+        """Whether a ring holds something to be seen at once, or is filling up."""
+        words = self._words
+        tail = words[base + self._tail]
+        return words[base + self._urgent] > tail or words[base + self._head] - tail >= self._capacity // 2
+
+    def before_sleep(self) -> bool:
+        """To be called before waiting for ``wake_fd``; False: there is something to drain now, do not wait.
+
+        The agent writes ``wake_fd`` for what should be seen at once and for a ring that is half full. The rest is to be drained
+        every so often: taking few records at a time would make both processors pass the ring's memory to and fro.
+        """
+        self._words[self._sleeping] = 1
+        if any(map(self._calls, self._rings)):
+            self._words[self._sleeping] = 0
+            return False
+        return True
+
+    def after_sleep(self) -> None:
+        """To be called when the wait is over."""
+        self._words[self._sleeping] = 0
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.wake_fd)
+
+    def question_registers(self, vcpu: int) -> list[int]:
+        """The registers (16 general, RIP, RFLAGS) of a vCPU whose ASK record was drained and is not answered yet."""
+        start = self._rings[vcpu] + self._registers
+        return self._words[start : start + wire.ASKED_REGISTERS].tolist()
+
+    def answer(self, vcpu: int, sequence: int, registers: Sequence[int], changed: int, skip: bool) -> None:
+        """Answers the question with this sequence number and lets the vCPU go on.
+
+        ``changed``: bit n set = the guest gets ``registers[n]``. ``skip``: the instruction's short-circuit state.
+        """
+        words, base = self._words, self._rings[vcpu]
+        if changed:
+            start = base + self._registers
+            for number, value in enumerate(registers):
+                words[start + number] = value
+        words[base + self._verdict] = changed | int(skip) << 32
+        words[base + self._answered] = sequence + 1
+        self._wake(vcpu)
+
+    def hits(self, slot: int) -> int:
+        """How often the event with this slot has been triggered, over all vCPUs."""
+        return sum(self._words[base + self._hits + slot] for base in self._rings)
+
+    def clear_hits(self, slot: int) -> None:
+        """Starts counting anew for an event that takes over the slot."""
+        for base in self._rings:
+            self._words[base + self._hits + slot] = 0
+
+    def counters(self) -> tuple[int, int]:
+        """(records dropped for want of room, times that a vCPU waited for room), over all vCPUs."""
+        dropped, waits = wire.offset("ring", "dropped") // _U64, wire.offset("ring", "waits") // _U64
+        words = self._words
+        return sum(words[base + dropped] for base in self._rings), sum(words[base + waits] for base in self._rings)

@@ -1,0 +1,158 @@
+"""What the debugger and the agent share, read from the agent's own header (agent/wire.h)."""
+
+import enum
+import re
+from importlib import resources
+from typing import Any
+
+import cffi
+import numpy as np
+
+
+def _declarations() -> str:
+    """wire.h without what cffi does not read: include guards and comments that hold no declaration."""
+    text = (resources.files("vmexit.agent") / "wire.h").read_text(encoding="utf-8")
+    text = re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL)
+    lines = [line for line in text.splitlines() if not line.startswith("#") or re.match(r"#define \w+ \w", line)]
+    return "\n".join(lines)
+
+
+ffi = cffi.FFI()
+ffi.cdef(_declarations())
+_constants: Any = ffi.dlopen(None)
+
+
+def constant(name: str) -> int:
+    """The value of ``VMEXIT_<name>`` in wire.h."""
+    return int(getattr(_constants, f"VMEXIT_{name}"))
+
+
+class Access(enum.IntFlag):
+    """What a guest does with an MSR."""
+
+    WRMSR = constant("WRMSR")
+    RDMSR = constant("RDMSR")
+
+
+class Stage(enum.IntFlag):
+    """When an event is triggered: before the instruction executes, after it, or both."""
+
+    PRE = constant("PRE")
+    POST = constant("POST")
+    ALL = PRE | POST
+
+
+class Action(enum.IntFlag):
+    """What an event does when it is triggered."""
+
+    RECORD = constant("RECORD")
+    ASK = constant("ASK")
+    BREAK = constant("BREAK")
+
+
+class EventFlag(enum.IntFlag):
+    """State of an event (``vmexit_event.flags``)."""
+
+    ENABLED = constant("ENABLED")
+    SHORT_CIRCUIT = constant("SHORT_CIRCUIT")
+    IMMEDIATE = constant("IMMEDIATE")
+
+
+class RecordFlag(enum.IntFlag):
+    """What a record says beside its numbers (``vmexit_record.flags``).
+
+    ``SKIPPED``: the event that left the record short-circuits the instruction. ``INTERRUPTED``: the machine took an interrupt
+    between the instruction and its post stage, so RIP, RSP and RFLAGS are those of the interrupt's handler.
+    """
+
+    SKIPPED = constant("SKIPPED")
+    INTERRUPTED = constant("INTERRUPTED")
+
+
+class Capability(enum.IntFlag):
+    """What the agent can do in the VMM that it is loaded into."""
+
+    RECORD = constant("CAN_RECORD")
+    READ = constant("CAN_READ")
+    MODIFY = constant("CAN_MODIFY")
+    SKIP = constant("CAN_SKIP")
+    POST = constant("CAN_POST")
+    BREAK = constant("CAN_BREAK")
+    MEMORY = constant("CAN_MEMORY")
+    MEMORY_WRITE = constant("CAN_MEMORY_WRITE")
+
+
+class MessageType(enum.IntEnum):
+    """Control messages (``vmexit_message.type``)."""
+
+    HELLO = constant("HELLO")
+    EVENTS = constant("EVENTS")
+    OVERFLOW = constant("OVERFLOW")
+    HOLD = constant("HOLD")
+    DECIDE = constant("DECIDE")
+    GET_REGISTERS = constant("GET_REGISTERS")
+    SET_REGISTER = constant("SET_REGISTER")
+    READ_VIRTUAL = constant("READ_VIRTUAL")
+    READ_PHYSICAL = constant("READ_PHYSICAL")
+    WRITE_VIRTUAL = constant("WRITE_VIRTUAL")
+    WRITE_PHYSICAL = constant("WRITE_PHYSICAL")
+    VCPU = constant("VCPU")
+
+
+class Status(enum.IntEnum):
+    """How the agent answers (``vmexit_message.status``)."""
+
+    OK = constant("OK")
+    REFUSED = constant("REFUSED")
+    BUSY = constant("BUSY")
+    RUNNING = constant("RUNNING")
+    UNREADABLE = constant("UNREADABLE")
+    UNAVAILABLE = constant("UNAVAILABLE")
+    WRONG_VERSION = constant("WRONG_VERSION")
+
+
+MAGIC = constant("WIRE_MAGIC")
+VERSION = constant("WIRE_VERSION")
+MAX_EVENTS = constant("MAX_EVENTS")
+MAX_RANGES = constant("MAX_RANGES")
+MAX_TRANSFER = constant("MAX_TRANSFER")
+ALL_CORES = constant("ALL_CORES")
+REGISTERS = constant("REGISTERS")
+ASKED_REGISTERS = constant("ASKED_REGISTERS")
+
+
+def offset(struct: str, field: str) -> int:
+    """Of a field from the start of ``struct vmexit_<struct>``, in bytes."""
+    return int(ffi.offsetof(f"struct vmexit_{struct}", field))
+
+
+def size(struct: str) -> int:
+    """Of ``struct vmexit_<struct>``, in bytes."""
+    return int(ffi.sizeof(f"struct vmexit_{struct}"))
+
+
+def dtype(struct: str) -> np.dtype[np.void]:
+    """The numpy type of ``struct vmexit_<struct>``; of its integer fields (arrays are padding there)."""
+    names, formats, offsets = [], [], []
+    for name, field in ffi.typeof(f"struct vmexit_{struct}").fields:
+        if field.type.kind == "primitive":
+            names.append(name)
+            formats.append(f"<u{ffi.sizeof(field.type)}")
+            offsets.append(field.offset)
+    return np.dtype({"names": names, "formats": formats, "offsets": offsets, "itemsize": size(struct)})
+
+
+RECORD = dtype("record")
+
+
+def pack(struct: str, **fields: object) -> bytes:
+    """The bytes of a ``struct vmexit_<struct>`` with these fields; the others are 0."""
+    value = ffi.new(f"struct vmexit_{struct} *", fields)
+    return bytes(ffi.buffer(value))
+
+
+def unpack(struct: str, data: bytes) -> Any:
+    """A ``struct vmexit_<struct>`` (its fields as attributes) from its bytes; it keeps them alive."""
+    value = ffi.new(f"struct vmexit_{struct} *")
+    ffi.memmove(value, data, size(struct))
+    return value

@@ -1,0 +1,1 @@
+"""Where MSR accesses are trapped: the machines that vmexit starts or finds."""

@@ -1,0 +1,190 @@
+"""A trap as the debugger and its callbacks see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from vmexit.errors import VmexitError
+from vmexit.guest import registers as register_names
+from vmexit.link.rings import Records
+from vmexit.link.wire import Access, Action, RecordFlag, Stage
+
+_ACCESS = {int(access): access for access in Access}
+_STAGE = {int(stage): stage for stage in Stage}
+_ACTION = {int(action): action for action in Action}
+_MASK64 = 0xFFFF_FFFF_FFFF_FFFF
+
+
+@dataclass(frozen=True, slots=True)
+class Trap:
+    """One WRMSR or RDMSR that an event was triggered by."""
+
+    sequence: int
+    """Its place among all records of the session; without a gap."""
+    time_ns: int
+    """The host's CLOCK_MONOTONIC."""
+    rip: int
+    """Of the WRMSR or RDMSR itself, in both stages."""
+    rsp: int
+    value: int
+    """EDX:EAX: what is about to be written (pre), was written, or was read (post of RDMSR)."""
+    msr: int
+    """ECX."""
+    event: int
+    """The number of the event."""
+    core: int
+    access: Access
+    stage: Stage
+    action: Action
+    flags: RecordFlag
+    length: int
+    """Of the instruction, in bytes."""
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the event short-circuits the instruction."""
+        return bool(self.flags & RecordFlag.SKIPPED)
+
+
+def traps_of(records: Records) -> Iterator[Trap]:
+    """The traps that records of the wire stand for."""
+    for sequence, time, rip, rsp, value, msr, event, core, access, stage, action, flags, length in records.tolist():
+        yield Trap(
+            sequence,
+            time,
+            rip,
+            rsp,
+            value,
+            msr,
+            event - 1,
+            core,
+            _ACCESS[access],
+            _STAGE[stage],
+            _ACTION[action],
+            RecordFlag(flags),
+            length,
+        )
+
+
+class Memory(Protocol):
+    """Guest memory as one vCPU sees it."""
+
+    def read_memory(self, core: int, address: int, length: int, *, physical: bool = False) -> bytes: ...
+    def write_memory(self, core: int, address: int, data: bytes, *, physical: bool = False) -> None: ...
+
+
+class Registers(MutableMapping[str, int]):
+    """A vCPU's registers by name (rax, eax, al, rip, rflags, zf ...), to be read and written.
+
+    Names are those of guest.registers, in lower case; KeyError for any other. A value that does not fit is ValueError.
+    """
+
+    def __init__(self, values: Mapping[int, int], write: Callable[[int, int], None]) -> None:
+        """``values``: by wire number; ``write(number, value)`` changes one for good."""
+        self._values = dict(values)
+        self._write = write
+
+    def __getitem__(self, name: str) -> int:
+        register = register_names.find(name)
+        if register.number not in self._values:
+            raise KeyError(name)
+        return register.extract(self._values[register.number])
+
+    def __setitem__(self, name: str, value: int) -> None:
+        register = register_names.find(name)
+        whole = register.insert(self[register.whole], value)
+        self._write(register.number, whole)
+        self._values[register.number] = whole
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError("a register cannot be deleted")
+
+    def __iter__(self) -> Iterator[str]:
+        return (register.name for register in register_names.WHOLE if register.number in self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+class LiveTrap:
+    """A trap whose vCPU is stopped for a callback. Of no use after the callback has returned."""
+
+    def __init__(self, trap: Trap, values: list[int], memory: Memory) -> None:
+        self._trap = trap
+        self._memory = memory
+        self.values = values
+        """The first registers of the wire (16 general ones, RIP, RFLAGS) as the guest will find them."""
+        self.changed = 0
+        """Bit n set: values[n] is not what the guest had."""
+        self.short_circuit = trap.skipped
+        self.registers = Registers(dict(enumerate(values)), self._write)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._trap, name)
+
+    def _write(self, number: int, value: int) -> None:
+        self.values[number] = value
+        self.changed |= 1 << number
+
+    @property
+    def trap(self) -> Trap:
+        """What was trapped, as it was before the callback."""
+        return self._trap
+
+    @property
+    def core(self) -> int:
+        """The vCPU."""
+        return self._trap.core
+
+    @property
+    def stage(self) -> Stage:
+        """Before or after the instruction."""
+        return self._trap.stage
+
+    @property
+    def rip(self) -> int:
+        """Of the instruction, in both stages; ``registers["rip"]`` is where the guest goes on."""
+        return self._trap.rip
+
+    @property
+    def msr(self) -> int:
+        """ECX. Setting it makes the guest's instruction access another MSR; RCX's upper half becomes 0."""
+        return self.registers["ecx"]
+
+    @msr.setter
+    def msr(self, msr: int) -> None:
+        if not 0 <= msr <= 0xFFFF_FFFF:
+            raise ValueError(f"an MSR is a number from 0 to ffffffffh, not {msr:#x}")
+        self.registers["rcx"] = msr
+
+    @property
+    def value(self) -> int:
+        """EDX:EAX. Setting it (0 to 2^64-1) changes what is written, or in the post stage of RDMSR what was read."""
+        return self.registers["edx"] << 32 | self.registers["eax"]
+
+    @value.setter
+    def value(self, value: int) -> None:
+        if not 0 <= value <= _MASK64:
+            raise ValueError(f"an MSR holds 64 bits; {value:#x} is no such value")
+        self.registers["rax"] = value & 0xFFFF_FFFF
+        self.registers["rdx"] = value >> 32
+
+    def skip(self) -> None:
+        """Short-circuits the instruction: it is not executed, the guest goes on behind it. Only in stage pre (VmexitError)."""
+        if self._trap.stage != Stage.PRE:
+            raise VmexitError("the instruction has been executed; only stage pre can skip it")
+        self.short_circuit = True
+
+    def execute(self) -> None:
+        """Has the instruction executed after all, whatever the event's own short-circuit state says."""
+        self.short_circuit = False
+
+    def read_memory(self, address: int, length: int, *, physical: bool = False) -> bytes:
+        """Guest memory by this vCPU's page tables. RequestError where any of it is not mapped."""
+        return self._memory.read_memory(self.core, address, length, physical=physical)
+
+    def write_memory(self, address: int, data: bytes, *, physical: bool = False) -> None:
+        """Changes guest memory."""
+        self._memory.write_memory(self.core, address, data, physical=physical)

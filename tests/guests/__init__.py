@@ -1,0 +1,1 @@
+"""Small bare-metal guests for tests and benchmarks, and their builder."""

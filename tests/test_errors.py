@@ -129,8 +129,7 @@ def test_error_can_be_copied_and_pickled() -> None:
 
 def columns(text: str) -> int:
     return sum(
-        0 if unicodedata.category(c) in ("Mn", "Me") else 2 if unicodedata.east_asian_width(c) in "WF" else 1
-        for c in text
+        0 if unicodedata.category(c) in ("Mn", "Me") else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text
     )
 
 

@@ -107,7 +107,6 @@ class Debugger:
         self._started = False
         self._halting = False
         self._error: BaseException | None = None
-        self._dropped_before = 0
 
     # ---- coming and going ----
 
@@ -222,18 +221,15 @@ class Debugger:
 
     def hits(self, event: Event) -> int:
         """How often the event has been triggered."""
-        with self.lock:
-            return 0 if self.target.link.closed else self._rings.hits(event.slot)
+        return self._rings.hits(event.slot)
 
     def dropped(self) -> int:
         """Records that were dropped for want of room (Overflow.DROP)."""
-        with self.lock:
-            return self._dropped_before if self.target.link.closed else self._rings.counters()[0]
+        return self._rings.counters()[0]
 
     def waits(self) -> int:
         """How often a vCPU had to wait for room."""
-        with self.lock:
-            return 0 if self.target.link.closed else self._rings.counters()[1]
+        return self._rings.counters()[1]
 
     def set_overflow(self, overflow: Overflow) -> None:
         """Chooses what happens when records come faster than they are taken."""
@@ -328,6 +324,8 @@ class Debugger:
             self.stop = None
             try:
                 self.target.resume()
+            except LinkError:
+                pass  # it has ended in the meantime, which comes out when the debugger is let work
             except BaseException:
                 self.state = State.HALTED
                 self.stop = Stop(StopReason.PAUSED)
@@ -345,7 +343,8 @@ class Debugger:
         """Lets the machine run until it stops, ends, ``until()`` is true, or ``timeout`` seconds have passed; gives which.
 
         The machine is halted when this returns. ``until`` is asked after each batch of records. An exception of a callback (and
-        Ctrl-C) comes out of here; the instruction that the callback was called for is then executed as it stands.
+        Ctrl-C) comes out of here; the machine then stands at the instruction that the callback was called for, which has not been
+        executed yet (stage pre) and is unchanged.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         self.go()
@@ -458,7 +457,6 @@ class Debugger:
     def _link_is_gone(self) -> None:
         """The VMM has ended or is about to; what it has left in the rings still counts."""
         self._drain(final=True)
-        self._dropped_before = self._rings.counters()[0]
         self.target.link.close()
 
     # ---- records ----
@@ -506,13 +504,14 @@ class Debugger:
         values = self._rings.question_registers(trap.core)
         live = LiveTrap(trap, list(values), self)
         event = self.events.get(trap.event)
-        changed, skip = 0, trap.skipped
+        changed, skip, halt = 0, trap.skipped, False
         # After an exception the rest of the batch is answered without asking: the vCPUs wait.
         if event is not None and event.callback is not None and self._error is None:
             with self._keeping_errors():
+                halt = True  # where the callback fails
                 event.callback(live)
-                changed, skip, values = live.changed, live.short_circuit, live.values
-        self._rings.answer(trap.core, trap.sequence, values, changed, skip)
+                changed, skip, halt, values = live.changed, live.short_circuit, live.halting, live.values
+        self._rings.answer(trap.core, trap.sequence, values, changed, skip, halt)
 
     # ---- stops ----
 

@@ -26,7 +26,7 @@ class OutputReader:
         self._thread.start()
 
     def _run(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
+        with self._pipe, contextlib.suppress(OSError, ValueError):
             self._pass_on()
 
     def _pass_on(self) -> None:

@@ -119,6 +119,7 @@ class LiveTrap:
         self.changed = 0
         """Bit n set: values[n] is not what the guest had."""
         self.short_circuit = trap.skipped
+        self.halting = False
         self.registers = Registers(dict(enumerate(values)), self._write)
 
     def __getattr__(self, name: str) -> Any:
@@ -176,6 +177,10 @@ class LiveTrap:
         if self._trap.stage != Stage.PRE:
             raise VmexitError("the instruction has been executed; only stage pre can skip it")
         self.short_circuit = True
+
+    def halt(self) -> None:
+        """Halts the machine here, as an event that breaks does, once the callback has returned."""
+        self.halting = True
 
     def execute(self) -> None:
         """Has the instruction executed after all, whatever the event's own short-circuit state says."""

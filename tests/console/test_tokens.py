@@ -254,10 +254,7 @@ WORDS = st.text(st.sampled_from("abgxyz019_!.$@-=:;'()"), min_size=1, max_size=8
 STRINGS = st.text(st.sampled_from("ab {}/*\t\n'\""), min_size=1, max_size=8)
 BLOCKS = st.recursive(
     st.text(st.sampled_from("ab ;=\n@("), max_size=6),
-    lambda inner: (
-        st.builds("{}{{{}}}{}".format, inner, inner, inner)
-        | st.builds('"{}" {}'.format, st.just("}{"), inner)
-    ),
+    lambda inner: st.builds("{}{{{}}}{}".format, inner, inner, inner) | st.builds('"{}" {}'.format, st.just("}{"), inner),
     max_leaves=6,
 )
 
@@ -428,9 +425,7 @@ def model_number(text: str) -> int | None:
     st.builds(
         "".join,
         st.tuples(
-            st.sampled_from(
-                ["", "0x", "0X", "\\x", "x", "X", "0n", "0N", "\\n", "\\N", "n", "N", "`", "0", "\\"]
-            ),
+            st.sampled_from(["", "0x", "0X", "\\x", "x", "X", "0n", "0N", "\\n", "\\N", "n", "N", "`", "0", "\\"]),
             st.text(st.sampled_from("0123456789abcdefABCDEF`"), max_size=24)
             | st.text(st.sampled_from("0189`"), max_size=22)
             | st.text(st.sampled_from("019afnxg` -"), max_size=6),
@@ -443,12 +438,7 @@ def test_numbers_like_the_model(text: str) -> None:
 
 @given(st.integers(0, 2**64 - 1))
 def test_numbers_come_back(number: int) -> None:
-    assert (
-        parse_number(f"{number:x}")
-        == parse_number(f"0x{number:016X}")
-        == parse_number(f"0n{number}")
-        == number
-    )
+    assert parse_number(f"{number:x}") == parse_number(f"0x{number:016X}") == parse_number(f"0n{number}") == number
 
 
 @pytest.mark.parametrize(
@@ -536,9 +526,7 @@ def test_commands_are_given_as_soon_as_they_are_whole() -> None:
     assert next(lines) == "b"
 
 
-@given(
-    st.lists(st.lists(TRICKY, max_size=6).map("".join).map(lambda line: line.replace("\n", "")), max_size=12)
-)
+@given(st.lists(st.lists(TRICKY, max_size=6).map("".join).map(lambda line: line.replace("\n", "")), max_size=12))
 def test_commands_of_loses_no_line(lines: list[str]) -> None:
     commands = list(commands_of(lines))
     for position, (first, command) in enumerate(commands):

@@ -53,9 +53,7 @@ def build(name: str, **defines: int | str) -> Path:
         raise GuestBuildError(f"no guest {name!r}; there are: {', '.join(names())}")
     known = set(re.findall(r"^#ifndef (\w+)$", source.read_text(), re.MULTILINE))
     if unknown := sorted(defines.keys() - known):
-        raise GuestBuildError(
-            f"{name} has no constant {unknown[0]!r}; it has: {', '.join(sorted(known)) or 'none'}"
-        )
+        raise GuestBuildError(f"{name} has no constant {unknown[0]!r}; it has: {', '.join(sorted(known)) or 'none'}")
     options = [f"-D{key}={value}" for key, value in sorted(defines.items())]
 
     image = cache_folder() / f"{name}-{_key(source, options)}.elf"

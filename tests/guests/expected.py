@@ -99,9 +99,7 @@ def sequence(image: Path) -> list[Access]:
     return log + [Access("wrmsr", at[name], msr, value) for name, msr, value in SEQUENCE_UNREAD]
 
 
-def fault(
-    image: Path, count: int = 3, fault_msr: int = PKRS, fault_value: int = 0x123456789ABCDEF0
-) -> list[Access]:
+def fault(image: Path, count: int = 3, fault_msr: int = PKRS, fault_value: int = 0x123456789ABCDEF0) -> list[Access]:
     """`fault`, built with these defines, without what it tries at privilege level 3: see `fault_ring3`."""
     at = symbols(image)
     log = boot(image)
@@ -154,9 +152,7 @@ def irq(image: Path, writes: int, irqs: int, msr: int = STAR) -> tuple[list[Acce
             yield Access("wrmsr", at[f"{name}_wrmsr"], msr, high << 32 | i)
             yield Access("rdmsr", at[f"{name}_rdmsr"], msr, high << 32 | i)
 
-    return [*boot(image), *pairs("main", msr, 0xAAAAAAAA, writes)], list(
-        pairs("irq", LSTAR, 0xFFFFBBBB, irqs)
-    )
+    return [*boot(image), *pairs("main", msr, 0xAAAAAAAA, writes)], list(pairs("irq", LSTAR, 0xFFFFBBBB, irqs))
 
 
 def selfcheck(image: Path) -> list[Access]:

@@ -114,10 +114,7 @@ def test_fault_says_when_nothing_faulted() -> None:
 @pytest.mark.parametrize("cores", [2, 4])
 def test_smp(cores: int, accelerator: str) -> None:
     lines, status = boot(build("smp", COUNT=100, CORES=cores), cores, accelerator)
-    assert lines == [
-        f"core={core:02x} sum={5050 + (core * 100 << 32):016x} last={core << 32 | 1:016x}"
-        for core in range(cores)
-    ]
+    assert lines == [f"core={core:02x} sum={5050 + (core * 100 << 32):016x} last={core << 32 | 1:016x}" for core in range(cores)]
     assert status == builder.OK_STATUS
 
 
@@ -137,9 +134,7 @@ def test_irq(accelerator: str) -> None:
 
 
 def test_irq_finds_writes_that_do_nothing() -> None:
-    lines, status = boot(
-        build("irq", COUNT=1000, IRQS=1, MSR=0x12345)
-    )  # TCG drops writes to MSRs unknown to it
+    lines, status = boot(build("irq", COUNT=1000, IRQS=1, MSR=0x12345))  # TCG drops writes to MSRs unknown to it
     seen = fields(lines[0])
     assert seen["bad"] == seen["writes"] >= 1000
     assert status == builder.FAILED_STATUS
@@ -191,9 +186,7 @@ def test_hang(accelerator: str) -> None:
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as qemu:
         try:
             assert qemu.stdout is not None
-            assert [qemu.stdout.readline() for _ in range(3)] == [
-                f"tick {count:016x}\n" for count in (100, 200, 300)
-            ]
+            assert [qemu.stdout.readline() for _ in range(3)] == [f"tick {count:016x}\n" for count in (100, 200, 300)]
             assert qemu.poll() is None
         finally:
             qemu.kill()
@@ -202,9 +195,7 @@ def test_hang(accelerator: str) -> None:
 def test_alias(accelerator: str) -> None:
     image = build("alias")
     lines, status = boot(image, accelerator=accelerator)
-    writes = [
-        access for access in expected.alias(image) if access.kind == "wrmsr" and access.msr == expected.STAR
-    ]
+    writes = [access for access in expected.alias(image) if access.kind == "wrmsr" and access.msr == expected.STAR]
     assert len({access.rip for access in writes}) == 3
     assert lines == [f"rip={access.rip:016x} value={access.value:016x}" for access in writes]
     assert status == builder.OK_STATUS
@@ -231,12 +222,9 @@ def logs() -> Iterable[tuple[Path, list[Access]]]:
 
 def test_expected_logs_name_all_msr_instructions_there_are() -> None:
     for image, log in logs():
-        listing = subprocess.run(
-            ["objdump", "-d", str(image)], capture_output=True, text=True, check=True
-        ).stdout
+        listing = subprocess.run(["objdump", "-d", str(image)], capture_output=True, text=True, check=True).stdout
         found = {
-            (int(address, 16), kind)
-            for address, kind in re.findall(r"^ *([0-9a-f]+):.*\b(wrmsr|rdmsr)\b", listing, re.MULTILINE)
+            (int(address, 16), kind) for address, kind in re.findall(r"^ *([0-9a-f]+):.*\b(wrmsr|rdmsr)\b", listing, re.MULTILINE)
         }
         own = range(symbols(image)["image_start"], symbols(image)["image_end"])
         assert {(access.rip, access.kind) for access in log if access.rip in own} == found, image

@@ -384,35 +384,38 @@ static uint64_t publish(struct trap *trap, struct vcpu *vcpu, const struct vmexi
 
 static bool answer_is_sound(const struct vmexit_question *question)
 {
-    return (question->changed & ~WRITABLE) == 0 && question->skip <= 1;
+    return (question->changed & ~WRITABLE) == 0 && question->skip <= 1 && question->halt <= 1;
 }
 
-/* Stops the vCPU until the debugger has answered. An unsound answer, and a debugger that dies, change nothing. */
-static void ask(struct trap *trap, struct vcpu *vcpu, const struct vmexit_event *event, struct progress *progress)
+/* Stops the vCPU until the debugger has answered. An unsound answer, and a debugger that dies, change nothing. True: the debugger
+ * wants the machine halted here. */
+static bool ask(struct trap *trap, struct vcpu *vcpu, const struct vmexit_event *event, struct progress *progress)
 {
     struct vmexit_question *question = &vcpu->ring->question;
     const uint32_t session = current_session();
     question->changed = 0;
     question->skip = progress->skip;
+    question->halt = 0;
     trap->door->get_asked(trap, question->registers);
     uint64_t sequence = publish(trap, vcpu, event, VMEXIT_ASK, progress->skip ? VMEXIT_SKIPPED : 0);
     if (sequence == UINT64_MAX)
-        return;
+        return false;
     while (is_alive(session) && __atomic_load_n(&question->answered, __ATOMIC_ACQUIRE) != sequence + 1)
         sleep_on(trap, vcpu);
     bool answered = __atomic_load_n(&question->answered, __ATOMIC_ACQUIRE) == sequence + 1;
     __atomic_store_n(&question->asked, 0, __ATOMIC_RELEASE);
     struct vmexit_question answer = *question;
     if (!answered || !answer_is_sound(&answer))
-        return;
+        return false;
     if (!progress->decided)
         progress->skip = answer.skip;
     if (answer.changed == 0)
-        return;
+        return answer.halt;
     trap->door->set_asked(trap, answer.registers, answer.changed);
     trap->msr = (uint32_t)answer.registers[VMEXIT_RCX];
     trap->value = answer.registers[VMEXIT_RDX] << 32 | (uint32_t)answer.registers[VMEXIT_RAX];
     trap->rsp = answer.registers[VMEXIT_RSP];
+    return answer.halt;
 }
 
 bool core_is_asking(unsigned vcpu)
@@ -436,17 +439,19 @@ static bool matches(const struct vmexit_event *event, const struct trap *trap, u
            (event->core == VMEXIT_ALL_CORES || event->core == trap->vcpu) && has_msr(event, trap->msr);
 }
 
-static void act(struct trap *trap, struct vcpu *vcpu, const struct vmexit_event *event, struct progress *progress)
+/* True: the machine has to halt. */
+static bool act(struct trap *trap, struct vcpu *vcpu, const struct vmexit_event *event, struct progress *progress)
 {
     uint64_t *hits = &vcpu->ring->hits[event->slot];
     __atomic_store_n(hits, *hits + 1, __ATOMIC_RELAXED);
     unsigned flags = progress->skip ? VMEXIT_SKIPPED : 0;
     if (event->actions & VMEXIT_RECORD)
         publish(trap, vcpu, event, VMEXIT_RECORD, flags);
+    bool halt = event->actions & VMEXIT_BREAK;
     if (event->actions & VMEXIT_ASK)
-        ask(trap, vcpu, event, progress);
-    if (event->actions & VMEXIT_BREAK)
-        publish(trap, vcpu, event, VMEXIT_BREAK, progress->skip ? VMEXIT_SKIPPED : 0);
+        halt |= ask(trap, vcpu, event, progress) && (core.door->capabilities & VMEXIT_CAN_BREAK);
+    /* A break that the debugger does not get to know of must not halt the machine: nobody would let it go on. */
+    return halt && publish(trap, vcpu, event, VMEXIT_BREAK, progress->skip ? VMEXIT_SKIPPED : 0) != UINT64_MAX;
 }
 
 enum verdict core_pre(struct trap *trap, struct progress *progress)
@@ -461,8 +466,7 @@ enum verdict core_pre(struct trap *trap, struct progress *progress)
         /* Each event that acts sets the short-circuit state anew, so the last one decides. */
         if (!progress->decided)
             progress->skip = event->flags & VMEXIT_SHORT_CIRCUIT;
-        act(trap, vcpu, event, progress);
-        if ((event->actions & VMEXIT_BREAK) && is_alive(current_session())) {
+        if (act(trap, vcpu, event, progress)) {
             progress->after = event->id;
             if (progress->limit == UINT32_MAX)
                 progress->limit = table->last_id;
@@ -491,10 +495,9 @@ enum verdict core_post(struct trap *trap)
         struct progress progress = PROGRESS_BEGIN;
         if (!matches(event, trap, VMEXIT_POST))
             continue;
-        act(trap, vcpu, event, &progress);
-        trap->msr = msr;
-        if ((event->actions & VMEXIT_BREAK) && is_alive(current_session()))
+        if (act(trap, vcpu, event, &progress))
             verdict = STOP;
+        trap->msr = msr;
     }
     table_leave(vcpu);
     return verdict;

@@ -123,7 +123,9 @@ struct vmexit_question {
     uint64_t answered;
     uint64_t registers[VMEXIT_ASKED_REGISTERS];
     uint32_t changed; /* answer: bit n = the debugger changed registers[n] */
-    uint32_t skip; /* answer: 0 or 1, the short-circuit state from here on */
+    uint8_t skip; /* answer: 0 or 1, the short-circuit state from here on */
+    uint8_t halt; /* answer: 1 = halt the machine here, as VMEXIT_BREAK does */
+    uint8_t reserved[2];
 };
 
 struct vmexit_ring {

@@ -59,12 +59,7 @@ class Rings:
         self._early: Records = np.empty(0, wire.RECORD)
 
     def close(self) -> None:
-        """Lets go of the shared memory and the eventfds. The rings are not to be used afterwards."""
-        self._records.clear()
-        self._words.release()
-        # Records that somebody still looks at keep the memory; the last of them frees it.
-        with contextlib.suppress(BufferError):
-            self._memory.close()
+        """Lets go of the eventfds. The counters and what is left in the rings can still be read."""
         for fd in [self.wake_fd, *self._vcpu_fds.values()]:
             os.close(fd)
         self._vcpu_fds.clear()
@@ -152,17 +147,20 @@ class Rings:
         start = self._rings[vcpu] + self._registers
         return self._words[start : start + wire.ASKED_REGISTERS].tolist()
 
-    def answer(self, vcpu: int, sequence: int, registers: Sequence[int], changed: int, skip: bool) -> None:
+    def answer(
+        self, vcpu: int, sequence: int, registers: Sequence[int], changed: int, skip: bool, halt: bool = False
+    ) -> None:
         """Answers the question with this sequence number and lets the vCPU go on.
 
-        ``changed``: bit n set = the guest gets ``registers[n]``. ``skip``: the instruction's short-circuit state.
+        ``changed``: bit n set = the guest gets ``registers[n]``. ``skip``: the instruction's short-circuit state. ``halt``: the
+        machine halts here; a record with Action.BREAK follows.
         """
         words, base = self._words, self._rings[vcpu]
         if changed:
             start = base + self._registers
             for number, value in enumerate(registers):
                 words[start + number] = value
-        words[base + self._verdict] = changed | int(skip) << 32
+        words[base + self._verdict] = changed | int(skip) << 32 | int(halt) << 40
         words[base + self._answered] = sequence + 1
         self._wake(vcpu)
 

@@ -237,7 +237,7 @@ class Qemu:
         self.link.hold(False)
         try:
             self.query("cont")
-        except TargetError:
+        except LinkError:
             # A guest that ends at once takes QEMU with it before the answer has arrived.
             if not self._wait(_QUIT_S):
                 raise

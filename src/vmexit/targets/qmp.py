@@ -13,9 +13,9 @@ import threading
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from qemu.qmp import EventListener, Message, QMPClient, QMPError
+from qemu.qmp import EventListener, ExecuteError, Message, QMPClient, QMPError
 
-from vmexit.errors import TargetError
+from vmexit.errors import LinkError, TargetError
 
 _T = TypeVar("_T")
 _ANSWER_S = 20.0
@@ -25,7 +25,7 @@ class Qmp:
     """A QMP session over a connected socket. Events are to be fetched; ``fileno()`` is readable when there are some."""
 
     def __init__(self, connected: socket.socket) -> None:
-        """Shakes hands. Raises TargetError when QEMU does not answer or closes the connection."""
+        """Shakes hands. Raises LinkError when QEMU does not answer or closes the connection."""
         # The library reports every lost connection to its logger; that QEMU has ended is told elsewhere.
         logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
         self._events: queue.SimpleQueue[Message] = queue.SimpleQueue()
@@ -58,12 +58,17 @@ class Qmp:
             return future.result(_ANSWER_S)
         except concurrent.futures.TimeoutError:
             future.cancel()
-            raise TargetError(f"QEMU's monitor did not answer within {_ANSWER_S:g} s") from None
+            raise LinkError(f"QEMU's monitor did not answer within {_ANSWER_S:g} s") from None
+        except ExecuteError as error:
+            raise TargetError(f"QEMU: {error}") from None
         except (QMPError, EOFError, OSError) as error:
-            raise TargetError(f"QEMU's monitor: {error}") from None
+            raise LinkError(f"QEMU's monitor: {error}") from None
 
     def execute(self, command: str, arguments: dict[str, object] | None = None) -> object:
-        """Runs a command and gives what it returns. Raises TargetError with QEMU's own message."""
+        """Runs a command and gives what it returns.
+
+        Raises TargetError with QEMU's own message where QEMU refuses, LinkError where it does not answer or is gone.
+        """
         return self._run(self._client.execute(command, arguments))
 
     def begin(self, command: str) -> concurrent.futures.Future[object]:
@@ -95,7 +100,7 @@ class Qmp:
         if self.closed:
             return
         self.closed = True
-        with contextlib.suppress(TargetError):
+        with contextlib.suppress(LinkError):
             self._run(self._stop())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(5)

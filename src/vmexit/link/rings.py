@@ -36,6 +36,7 @@ class Rings:
         self._capacity: int = header.ring_records
         first, stride = wire.size("shared"), wire.size("ring")
         self._rings = [(first + stride * i) // _U64 for i in range(self.vcpus)]
+        self._rings_end = (first + stride * self.vcpus) // _U64
         self._records: list[Records] = [
             np.frombuffer(
                 memory,
@@ -59,7 +60,12 @@ class Rings:
         self._early: Records = np.empty(0, wire.RECORD)
 
     def close(self) -> None:
-        """Lets go of the eventfds. The counters and what is left in the rings can still be read."""
+        """Lets go of the shared memory and the eventfds. The counters can still be read."""
+        counters = bytearray(self._words[: self._rings_end])
+        self._words.release()
+        self._words = memoryview(counters).cast("Q")
+        self._records.clear()
+        self._memory.close()
         for fd in [self.wake_fd, *self._vcpu_fds.values()]:
             os.close(fd)
         self._vcpu_fds.clear()

@@ -1,0 +1,70 @@
+"""What another process writes."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+from vmexit.output import OutputReader
+
+
+class Pipe:
+    def __init__(self) -> None:
+        read_end, self.fd = os.pipe()
+        self.got: list[bytes] = []
+        self.came = threading.Event()
+        self.reader = OutputReader(os.fdopen(read_end, "rb", 0), self._take)
+
+    def _take(self, data: bytes) -> None:
+        self.got.append(data)
+        self.came.set()
+
+    def end(self) -> list[bytes]:
+        os.close(self.fd)
+        self.reader.finish()
+        return self.got
+
+
+def test_whole_lines() -> None:
+    pipe = Pipe()
+    for part in (b"one\ntw", b"o\nthree\n"):
+        os.write(pipe.fd, part)
+    assert b"".join(pipe.end()) == b"one\ntwo\nthree\n"
+    assert all(part.endswith(b"\n") for part in pipe.got)
+
+
+def test_what_has_no_end_comes_after_a_moment() -> None:
+    pipe = Pipe()
+    os.write(pipe.fd, b"login: ")
+    assert pipe.came.wait(10)
+    assert pipe.got == [b"login: "]
+    assert pipe.end() == [b"login: "]
+
+
+def test_the_rest_at_the_end() -> None:
+    pipe = Pipe()
+    os.write(pipe.fd, b"a\nb")
+    assert b"".join(pipe.end()) == b"a\nb"
+
+
+def test_a_line_without_end_is_not_gathered_for_ever() -> None:
+    pipe = Pipe()
+    threading.Thread(target=lambda: (os.write(pipe.fd, b"x" * 300_000), None), daemon=True).start()
+    assert pipe.came.wait(10)
+    assert len(pipe.got[0]) < 200_000
+    while sum(map(len, pipe.got)) < 300_000:
+        pipe.came.clear()
+        assert pipe.came.wait(10)
+    pipe.end()
+
+
+def test_a_reader_that_fails_leaves_nothing_open() -> None:
+    read_end, write_end = os.pipe()
+
+    def fail(data: bytes) -> None:
+        raise OSError("full")
+
+    reader = OutputReader(os.fdopen(read_end, "rb", 0), fail)
+    os.write(write_end, b"line\n")
+    reader.finish()
+    os.close(write_end)

@@ -1,8 +1,8 @@
 """The examples in the documents: each is run as it stands.
 
-In a Markdown file, a block of ``python`` is a program; ``GUEST`` in it is a list of QEMU's arguments for a small guest. A block of ``console``
-holds commands behind ``$ `` and what they print; each such line has to come out in this order, with whatever numbers. ``$GUEST`` in a command stands for a
-small guest's arguments. A line ``...`` stands for any number of lines.
+In a Markdown file, a block of ``python`` is a program; ``GUEST`` in it is a list of QEMU's arguments for a small guest. A
+block of ``console`` holds commands behind ``$ `` and what they print; each such line has to come out in this order, with
+whatever numbers. ``$GUEST`` in a command stands for a small guest's arguments. A line ``...`` stands for any number of lines.
 """
 
 from __future__ import annotations

@@ -150,8 +150,8 @@ def run(kernel: Path | None = None) -> int:
     demo = _Demo(screen)
     with _arguments(found) as arguments, Debugger(Qemu(arguments, output=demo.on_output)) as debugger:
         screen.print(
-            f"vmexit {vmexit.__version__}: Linux {found.release} on {VCPUS} vCPUs of {debugger.target.name}; every WRMSR is trapped, "
-            "but for the five MSRs that are written all the time\n"
+            f"vmexit {vmexit.__version__}: Linux {found.release} on {VCPUS} vCPUs of {debugger.target.name}; every WRMSR is trapped "
+            "but for five that are written all the time\n"
         )
         try:
             stop = demo.run(debugger)
@@ -160,7 +160,8 @@ def run(kernel: Path | None = None) -> int:
         screen.print("")
         screen.print(summary_table(debugger.summary.rows(), debugger.events))
         _check(stop, demo.said)
-        screen.print(f"\n{debugger.summary.total} records, {debugger.dropped()} lost. The guest has ended; status {stop.exit_status}.")
+        total, lost = debugger.summary.total, debugger.dropped()
+        screen.print(f"\n{total} records, {lost} lost. The guest has ended; status {stop.exit_status}.")
     return 0
 
 

@@ -402,12 +402,17 @@ static void skip(struct trap *trap)
     leave(trap);
 }
 
+/* The instruction comes once more and finds that its events have acted, unless a callback has sent the guest elsewhere. */
+static void hold_unless_moved(const struct trap *trap, struct progress progress, bool stopped)
+{
+    if (qemu_read_register(trap->vcpu, VMEXIT_RIP) == trap->rip)
+        hold(trap, trap->rsp, progress, stopped);
+}
+
 static void carry_out(struct trap *trap, struct progress progress)
 {
     if (((struct place *)trap->place)->precise) {
-        /* Unless a callback has sent the guest elsewhere, the instruction comes once more and finds all its events done. */
-        if (qemu_read_register(trap->vcpu, VMEXIT_RIP) == trap->rip)
-            hold(trap, trap->rsp, progress, false);
+        hold_unless_moved(trap, progress, false);
         leave(trap);
     }
     if (!trap->wants_post)
@@ -427,7 +432,7 @@ static void on_wanted(unsigned index, uintptr_t site, uint64_t rip, uintptr_t re
     switch (core_pre(&trap, &progress)) {
     case STOP:
         make_precise(&trap);
-        hold(&trap, trap.rsp, progress, true);
+        hold_unless_moved(&trap, progress, true);
         halt();
         leave(&trap);
     case SKIP:

@@ -77,6 +77,11 @@ class Rings:
             os.close(old)
         self._vcpu_fds[vcpu] = fd
 
+    @property
+    def vcpus_up(self) -> int:
+        """The vCPUs that have come up and told so; of the ``vcpus`` that there may be."""
+        return len(self._vcpu_fds)
+
     def _wake(self, vcpu: int) -> None:
         fd = self._vcpu_fds.get(vcpu)
         if fd is not None:

@@ -34,8 +34,10 @@ class Target(Protocol):
     link: Link
     name: str
     """What to call it: "QEMU 7.2.22"."""
-    vcpus: int
-    """The vCPUs that it has now, numbered from 0."""
+
+    @property
+    def vcpus(self) -> int:
+        """The vCPUs that it has now, numbered from 0."""
 
     def resume(self) -> None:
         """Lets it run. RESUMED follows. Raises TargetError where it cannot."""

@@ -196,7 +196,7 @@ class Qemu:
         if isinstance(kvm, dict) and kvm.get("enabled"):
             raise UsageError("this QEMU chose KVM by itself; vmexit traps in an emulated guest: add -accel tcg")
         cpus = self.query("query-cpus-fast")
-        self.vcpus = len(cpus) if isinstance(cpus, list) else self.link.rings.vcpus
+        self._vcpus_at_start = len(cpus) if isinstance(cpus, list) else 1
         if not self.link.capabilities & Capability.RECORD:
             raise TargetError(f"{self.name} gives the agent no way to read registers")
         if not self.wants_halted:
@@ -221,6 +221,11 @@ class Qemu:
         """What a QMP command returns."""
         assert self._qmp is not None
         return self._qmp.execute(command)
+
+    @property
+    def vcpus(self) -> int:
+        """Those that the machine began with, and those plugged in since."""
+        return max(self._vcpus_at_start, self.link.rings.vcpus_up)
 
     @property
     def pid(self) -> int:

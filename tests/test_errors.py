@@ -77,6 +77,10 @@ def test_of_several_lines_only_the_one_to_blame_is_shown(part: str, expected: st
     assert blame(line, part.replace("\n", newline)).render() == expected
 
 
+def test_a_newline_to_blame_is_marked_at_the_end_of_its_line() -> None:
+    assert CommandError("no", "log {\na", 5, 6).render() == "no\nlog {\n     ^"
+
+
 def test_tab_is_shown_as_spaces() -> None:
     assert blame("ab\tcd\te f", "cd").render() == "no\nab      cd      e f\n        ^~"
     assert blame("a\tb", "\t").render() == "no\na       b\n ^~~~~~~"
@@ -106,6 +110,22 @@ def test_long_line_is_cut_on_one_side_when_the_mark_is_at_an_end() -> None:
     assert shown == "bad " + "y" * 96 + "..." and marks == "^~~"
     shown, marks = blame("x" * 5000 + " bad", "bad").render().split("\n")[1:]
     assert shown == "..." + "x" * 96 + " bad" and marks == " " * 100 + "^~~"
+
+
+def test_long_line_is_cut_before_what_is_missing_at_its_end() -> None:
+    shown, marks = CommandError("no", "x" * 5000, 5000, 5000).render().split("\n")[1:]
+    assert shown == "..." + "x" * 100 and marks == " " * 103 + "^"
+
+
+def test_mark_that_fits_is_shown_whole() -> None:
+    shown, marks = blame("x" * 5000 + "b" * 66 + "y" * 5000, "b" * 66).render().split("\n")[1:]
+    assert shown == "..." + "x" * 17 + "b" * 66 + "y" * 17 + "..."
+    assert marks == " " * 20 + "^" + "~" * 65
+
+
+def test_long_mark_without_width_is_cut_too() -> None:
+    shown, marks = blame("x" * 200 + "\u0301" * 300 + "y", "\u0301" * 300).render().split("\n")[1:]
+    assert shown == "..." + "x" * 100 + "\u0301" * 100 + "..." and marks == " " * 103 + "^"
 
 
 def test_long_mark_is_cut_where_the_line_is() -> None:

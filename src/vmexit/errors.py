@@ -65,13 +65,13 @@ class CommandError(VmexitError):
         last = self.line.find("\n", self.start)
         source = self.line[first : last if last >= 0 else len(self.line)].removesuffix("\r")
         start = min(self.start - first, len(source))
-        end = min(self.end - first, len(source))
-        shown, indent, width = _excerpt(source, start, end)
+        shown, indent, width = _excerpt(source, start, self.end - first)
+        # An empty mark, where something is missing, gets its caret all the same.
         return "\n".join((str(self), shown, " " * indent + "^" + "~" * (width - 1)))
 
 
 def _excerpt(source: str, start: int, end: int) -> tuple[str, int, int]:
-    """What to show of `source` around [start, end), the column of the mark in it, and its width (>= 1)."""
+    """What to show of `source` around [start, end), the column of the mark in it, and its width."""
     # No more than this is ever shown, and a line may hold megabytes.
     left, right = max(0, start - _ROOM), start + _ROOM
     cells = _cells(source[left:right])
@@ -81,13 +81,11 @@ def _excerpt(source: str, start: int, end: int) -> tuple[str, int, int]:
     after = _CUT if left + high < len(source) else ""
     shown = before + "".join(text for text, _ in cells[low:high]) + after
     indent = len(before) + sum(widths[low : start - left])
-    return shown, indent, max(1, sum(widths[start - left : min(end - left, high)]))
+    return shown, indent, sum(widths[start - left : min(end - left, high)])
 
 
 def _window(widths: list[int], start: int, end: int) -> tuple[int, int]:
     """Which cells, [low, high), to show: `start` and what fits around it in `_ROOM` columns."""
-    if sum(widths) <= _ROOM:
-        return 0, len(widths)
     low = high = start
     room = _ROOM
     # The mark comes first, but leaves some room for what is around it.
@@ -129,8 +127,6 @@ def _cells(source: str) -> list[tuple[str, int]]:
 
 def _columns(char: str) -> int:
     """Terminal columns of a printable character: 0, 1 or 2."""
-    if char.isascii():
-        return 1
     if unicodedata.category(char) in ("Mn", "Me"):
         return 0
     return 2 if unicodedata.east_asian_width(char) in ("W", "F") else 1

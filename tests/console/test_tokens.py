@@ -112,6 +112,7 @@ RULES: dict[str, list[tuple[str, list[tuple[TokenKind, str]]]]] = {
         ("events// {\nz", [(W, "events\nz")]),
         ('// "\nz', [(W, "z")]),
         ("x //", [(W, "x")]),
+        ("x // no } y", [(W, "x")]),
     ],
     "line comments in a block": [
         ("{ x // no\n y } z", [(B, " x // no\n y "), (W, "z")]),
@@ -266,7 +267,7 @@ def typed_tokens(draw: st.DrawFn) -> tuple[str, list[Token]]:
     tokens: list[Token] = []
     for kind in draw(st.lists(st.sampled_from([W, S, B]), max_size=8)):
         between = [" ", "   ", " /*x*/ ", " // x\n"]
-        if not tokens or W not in (kind, tokens[-1].kind) or kind is not tokens[-1].kind:
+        if not (tokens and kind is W and tokens[-1].kind in (W, N)):  # two words would become one
             between += ["", "/* x */", "\n"]
         if tokens:
             line += draw(st.sampled_from(between))

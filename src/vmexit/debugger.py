@@ -75,6 +75,8 @@ class Overflow(enum.Enum):
 
 Listener = Callable[[list[Trap]], None]
 """Gets the records of events, oldest first."""
+RecordListener = Callable[[Records], None]
+"""Gets the same as the wire has them (link.wire.RECORD), which is much cheaper."""
 
 
 class Debugger:
@@ -100,11 +102,13 @@ class Debugger:
         self.on_notice: Callable[[Notice], None] | None = None
         """Called for what the machine tells of itself and that is no stop: a reset, a panic."""
         self.listeners: list[Listener] = []
+        self.record_listeners: list[RecordListener] = []
+        self.started_ns: int | None = None
+        """When the machine first ran, by the clock of Trap.time_ns; None: it has not."""
         self.overflow = Overflow.WAIT
         self._rings = target.link.rings
         self._breaks: deque[Trap] = deque()
         self._shut_down = False
-        self._started = False
         self._halting = False
         self._error: BaseException | None = None
 
@@ -318,7 +322,7 @@ class Debugger:
                     return
             if self._shut_down:
                 raise TargetError("the guest has shut down; all that is left is to end it (.exit)")
-            self._started = True
+            self._note_start()
             self._halting = False
             self.state = State.RUNNING
             self.stop = None
@@ -330,6 +334,10 @@ class Debugger:
                 self.state = State.HALTED
                 self.stop = Stop(StopReason.PAUSED)
                 raise
+
+    def _note_start(self) -> None:
+        if self.started_ns is None:
+            self.started_ns = time.monotonic_ns()
 
     def pause(self) -> None:
         """Asks a running machine to halt. Does not wait: the stop comes while the debugger is let work."""
@@ -465,6 +473,11 @@ class Debugger:
         self.summary.add(records)
         self._keep(records)
         actions = int(np.bitwise_or.reduce(records["action"]))
+        if self.record_listeners and actions & Action.RECORD:
+            mine = records if actions == Action.RECORD else records[records["action"] == Action.RECORD]
+            for listener in list(self.record_listeners):
+                with self._keeping_errors():
+                    listener(mine)
         if actions == Action.RECORD and not self.listeners:
             return
         batch: list[Trap] = []
@@ -548,7 +561,8 @@ class Debugger:
 
     def _on_resumed(self) -> None:
         """By somebody else: another monitor, gdb. The debugger's own orders have changed the state already."""
-        if self.state == State.HALTED and self._started:
+        if self.state == State.HALTED:
+            self._note_start()
             self._breaks.clear()
             self.state = State.RUNNING
             self.stop = None

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from vmexit.errors import VmexitError
-from vmexit.events.event import Event
+from vmexit.events.event import Event, EventError
 from vmexit.link import wire
 from vmexit.link.wire import Action, Capability, EventFlag, Stage
 
+# What it is called, and the option of a command line that asks for it.
 _NEEDS = {
-    Capability.POST: "stage post",
-    Capability.SKIP: "short-circuiting",
-    Capability.BREAK: "breaking",
-    Capability.READ: "callbacks",
+    Capability.POST: ("stage post", "stage"),
+    Capability.SKIP: ("short-circuiting", "sc"),
+    Capability.BREAK: ("breaking", ""),
+    Capability.READ: ("callbacks", "script"),
 }
 
 
@@ -30,17 +31,18 @@ def needed(event: Event) -> Capability:
 
 
 def check(event: Event, capabilities: Capability, vcpus: int, target: str) -> None:
-    """Raises VmexitError, with the reason, for an event that this machine cannot run."""
+    """Raises VmexitError, with the reason, for an event that this machine cannot run; EventError where one option is to blame."""
     missing = needed(event) & ~capabilities
-    for capability, what in _NEEDS.items():
+    for capability, (what, option) in _NEEDS.items():
         if missing & capability:
-            raise VmexitError(
+            raise EventError(
+                option,
                 f"{what} is not possible in {target}: its internals cannot be reached by the agent; "
-                "Debian's and Ubuntu's qemu-system-x86 export them"
+                "Debian's and Ubuntu's qemu-system-x86 export them",
             )
     if event.core is not None and event.core >= vcpus:
         there = "only core 0" if vcpus == 1 else f"cores 0 to {vcpus - 1:x}"
-        raise VmexitError(f"there is no core {event.core:x}; this machine has {there}")
+        raise EventError("core", f"there is no core {event.core:x}; this machine has {there}")
     if len(event.msrs.ranges) > wire.MAX_RANGES:
         raise VmexitError(f"an event can name {wire.MAX_RANGES} separate ranges of MSRs, not {len(event.msrs.ranges)}")
 

@@ -12,6 +12,7 @@
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 /* Room for records over all rings, in bytes; a ring gets its share as a power of two between the two bounds. */
@@ -33,12 +34,14 @@ struct vcpu {
     struct vmexit_record *records;
     uint64_t head; /* the ring's, kept where the debugger cannot write */
     int eventfd;
-    char line[64 - 3 * sizeof(void *) - sizeof(uint64_t) - sizeof(int)];
+    bool asking; /* waits for an answer */
+    char line[64 - 3 * sizeof(void *) - sizeof(uint64_t) - sizeof(int) - sizeof(bool)];
 };
 
 static struct {
     const struct door *door;
     struct vmexit_shared *shared;
+    struct vmexit_shared layout; /* what stands at the start of the shared memory when a debugger comes */
     struct vcpu *vcpus;
     unsigned vcpu_count;
     uint64_t ring_mask;
@@ -92,7 +95,7 @@ bool core_init(const struct door *door, unsigned vcpus)
         return false;
 
     core.shared = (struct vmexit_shared *)base;
-    *core.shared = (struct vmexit_shared){
+    core.layout = (struct vmexit_shared){
         .magic = VMEXIT_WIRE_MAGIC,
         .version = VMEXIT_WIRE_VERSION,
         .vcpus = vcpus,
@@ -397,12 +400,12 @@ static bool ask(struct trap *trap, struct vcpu *vcpu, const struct vmexit_event 
     question->skip = progress->skip;
     question->halt = 0;
     trap->door->get_asked(trap, question->registers);
+    __atomic_store_n(&vcpu->asking, true, __ATOMIC_RELEASE);
     uint64_t sequence = publish(trap, vcpu, event, VMEXIT_ASK, progress->skip ? VMEXIT_SKIPPED : 0);
-    if (sequence == UINT64_MAX)
-        return false;
-    while (is_alive(session) && __atomic_load_n(&question->answered, __ATOMIC_ACQUIRE) != sequence + 1)
+    while (sequence != UINT64_MAX && is_alive(session) && __atomic_load_n(&question->answered, __ATOMIC_ACQUIRE) != sequence + 1)
         sleep_on(trap, vcpu);
-    bool answered = __atomic_load_n(&question->answered, __ATOMIC_ACQUIRE) == sequence + 1;
+    bool answered = sequence != UINT64_MAX && __atomic_load_n(&question->answered, __ATOMIC_ACQUIRE) == sequence + 1;
+    __atomic_store_n(&vcpu->asking, false, __ATOMIC_RELEASE);
     __atomic_store_n(&question->asked, 0, __ATOMIC_RELEASE);
     struct vmexit_question answer = *question;
     if (!answered || !answer_is_sound(&answer))
@@ -412,15 +415,20 @@ static bool ask(struct trap *trap, struct vcpu *vcpu, const struct vmexit_event 
     if (answer.changed == 0)
         return answer.halt;
     trap->door->set_asked(trap, answer.registers, answer.changed);
-    trap->msr = (uint32_t)answer.registers[VMEXIT_RCX];
-    trap->value = answer.registers[VMEXIT_RDX] << 32 | (uint32_t)answer.registers[VMEXIT_RAX];
-    trap->rsp = answer.registers[VMEXIT_RSP];
+    if (answer.changed >> VMEXIT_RCX & 1)
+        trap->msr = (uint32_t)answer.registers[VMEXIT_RCX];
+    if (answer.changed >> VMEXIT_RAX & 1)
+        trap->value = (trap->value & ~(uint64_t)UINT32_MAX) | (uint32_t)answer.registers[VMEXIT_RAX];
+    if (answer.changed >> VMEXIT_RDX & 1)
+        trap->value = answer.registers[VMEXIT_RDX] << 32 | (uint32_t)trap->value;
+    if (answer.changed >> VMEXIT_RSP & 1)
+        trap->rsp = answer.registers[VMEXIT_RSP];
     return answer.halt;
 }
 
 bool core_is_asking(unsigned vcpu)
 {
-    return vcpu < core.vcpu_count && __atomic_load_n(&core.vcpus[vcpu].ring->question.asked, __ATOMIC_ACQUIRE) != 0;
+    return vcpu < core.vcpu_count && __atomic_load_n(&core.vcpus[vcpu].asking, __ATOMIC_ACQUIRE);
 }
 
 /* ---- events ---- */
@@ -505,12 +513,25 @@ enum verdict core_post(struct trap *trap)
 
 /* ---- coming and going of the debugger ---- */
 
+/* A vCPU may still act on the events of the debugger before this one: its records and questions would reach the wrong debugger. It
+ * was woken when that one went, so this takes no time to speak of. */
+static void wait_for_retired_tables(void)
+{
+    const struct timespec moment = {.tv_nsec = 1000000};
+    free_retired_tables();
+    for (int tries = 0; tries < 2000 && core.retired != NULL; tries++) {
+        nanosleep(&moment, NULL);
+        free_retired_tables();
+    }
+}
+
 uint64_t core_attach(void)
 {
-    for (unsigned i = 0; i < core.vcpu_count; i++) {
-        struct vmexit_ring *ring = core.vcpus[i].ring;
-        __atomic_store_n(&ring->tail, __atomic_load_n(&ring->head, __ATOMIC_ACQUIRE), __ATOMIC_RELEASE);
-    }
+    wait_for_retired_tables();
+    /* Whatever the debugger before this one has left there. */
+    *core.shared = core.layout;
+    for (unsigned i = 0; i < core.vcpu_count; i++)
+        *core.vcpus[i].ring = (struct vmexit_ring){.head = core.vcpus[i].head, .tail = core.vcpus[i].head};
     clock_calibrate();
     __atomic_fetch_add(&core.session, 1, __ATOMIC_SEQ_CST);
     return __atomic_load_n(&core.sequence, __ATOMIC_SEQ_CST);

@@ -101,6 +101,7 @@ enum verdict core_pre(struct trap *trap, struct progress *progress);
 enum verdict core_post(struct trap *trap);
 
 /* link.c */
+bool link_is_listening(int fd);
 bool link_start(int listening_fd);
 void link_announce_vcpu(unsigned vcpu);
 /* The door has halted the machine for a break: resume it if the debugger dies. */

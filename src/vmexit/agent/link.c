@@ -279,6 +279,13 @@ static void *run(void *unused)
     return NULL;
 }
 
+bool link_is_listening(int fd)
+{
+    int is_listening = 0;
+    socklen_t length = sizeof is_listening;
+    return getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &is_listening, &length) == 0 && is_listening;
+}
+
 bool link_start(int listening_fd)
 {
     pthread_t thread;

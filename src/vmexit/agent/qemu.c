@@ -20,15 +20,17 @@ static const struct {
     {28, "cr2"},     {29, "cr3"},     {30, "cr4"},       {31, "cr8"}, {32, "efer"},
 };
 
-/* CPUX86State behind its 16 general registers (target/i386/cpu.h): what a precise RFLAGS needs. */
-enum { ENV_RIP = 16, ENV_CC_OP_BYTE = 168, ENV_DF_BYTE = 172 };
+/* CPUX86State (target/i386/cpu.h) begins with the general registers, 16 or (QEMU 11, for APX) 32 of them, then come RIP and, in bytes
+ * behind it, what a precise RFLAGS needs. */
+enum { ENV_CC_OP_BYTE = 40, ENV_DF_BYTE = 44 };
+unsigned qemu_env_rip;
 enum { STATUS_FLAGS = 0x8d5, DIRECTION_FLAG = 0x400, LARGEST_CC_OP = 63 };
 
 static struct {
     unsigned vcpus;
     void **cpus; /* by vCPU; null while it is not there */
-    GByteArray **buffers; /* a vCPU's own, so that no trap allocates */
     struct qemu_plugin_register *handles[VMEXIT_REGISTERS];
+    bool is_offered[VMEXIT_REGISTERS]; /* by the plugin interface; RAX's handle is null in QEMU 9.0 and 11.0 */
     bool has_handles;
     ptrdiff_t env_offset; /* from the CPU object to its state; 0: not proven */
 } qemu;
@@ -61,14 +63,14 @@ enum qemu_plugin_cb_flags qemu_callback_flags(void)
 
 uint32_t qemu_capabilities(void)
 {
-    bool internals = qemu_get_cpu && g_byte_array_new && g_byte_array_set_size;
-    bool read = (qemu_plugin_read_register && g_byte_array_new) || (internals && x86_cpu_gdb_read_register);
+    bool glib = g_byte_array_new && g_byte_array_set_size;
+    bool internals = glib && qemu_get_cpu && x86_cpu_gdb_read_register && x86_cpu_gdb_write_register;
     bool precise = internals && cpu_restore_state && cpu_loop_exit;
-    bool modify = precise && (qemu_plugin_write_register || x86_cpu_gdb_write_register);
     bool memory = internals && cpu_memory_rw_debug;
-    return (read ? VMEXIT_CAN_RECORD : 0) | (read && precise ? VMEXIT_CAN_READ : 0) | (read && modify ? VMEXIT_CAN_MODIFY : 0) |
-           (read && modify ? VMEXIT_CAN_SKIP : 0) | (read && precise && async_run_on_cpu ? VMEXIT_CAN_POST : 0) |
-           (read && precise && vm_stop && vm_start && runstate_is_running ? VMEXIT_CAN_BREAK : 0) |
+    return (internals || (glib && qemu_plugin_read_register) ? VMEXIT_CAN_RECORD : 0) |
+           (precise ? VMEXIT_CAN_READ | VMEXIT_CAN_MODIFY | VMEXIT_CAN_SKIP : 0) |
+           (precise && async_run_on_cpu ? VMEXIT_CAN_POST : 0) |
+           (precise && vm_stop && vm_start && runstate_is_running ? VMEXIT_CAN_BREAK : 0) |
            (memory ? VMEXIT_CAN_MEMORY | VMEXIT_CAN_MEMORY_WRITE : 0);
 }
 
@@ -76,23 +78,20 @@ bool qemu_init(unsigned vcpus)
 {
     qemu.vcpus = vcpus;
     qemu.cpus = calloc(vcpus, sizeof *qemu.cpus);
-    qemu.buffers = calloc(vcpus, sizeof *qemu.buffers);
-    if (qemu.cpus == NULL || qemu.buffers == NULL || !g_byte_array_new || !g_byte_array_set_size)
-        return false;
-    for (unsigned i = 0; i < vcpus; i++) {
-        qemu.buffers[i] = g_byte_array_new();
-        g_byte_array_set_size(qemu.buffers[i], 64);
-    }
-    return true;
+    return qemu.cpus != NULL;
 }
 
-static void keep_handles(const GArray *descriptors)
+static void keep_handles(GArray *descriptors)
 {
-    const qemu_plugin_reg_descriptor *descriptor = (const void *)descriptors->data;
-    for (unsigned i = 0; i < descriptors->len; i++)
+    size_t size = g_array_get_element_size ? g_array_get_element_size(descriptors) : sizeof(qemu_plugin_reg_descriptor);
+    for (unsigned i = 0; i < descriptors->len; i++) {
+        const qemu_plugin_reg_descriptor *descriptor = (const void *)(descriptors->data + i * size);
         for (unsigned number = 0; number < VMEXIT_REGISTERS; number++)
-            if (qemu.handles[number] == NULL && strcmp(descriptor[i].name, registers[number].name) == 0)
-                qemu.handles[number] = descriptor[i].handle;
+            if (!qemu.is_offered[number] && strcmp(descriptor->name, registers[number].name) == 0) {
+                qemu.handles[number] = descriptor->handle;
+                qemu.is_offered[number] = true;
+            }
+    }
 }
 
 void qemu_vcpu_up(unsigned vcpu)
@@ -126,63 +125,94 @@ bool qemu_current_vcpu(unsigned *vcpu)
 
 /* ---- registers ---- */
 
-uint64_t qemu_read_register(unsigned vcpu, unsigned number)
+/* A thread's own, so that no trap allocates. */
+static GByteArray *empty_buffer(void)
 {
-    GByteArray *buffer = qemu.buffers[vcpu];
+    static __thread GByteArray *buffer;
+    if (buffer == NULL)
+        buffer = g_byte_array_new();
+    return g_byte_array_set_size(buffer, 0);
+}
+
+static uint64_t buffer_value(const GByteArray *buffer)
+{
     uint64_t value = 0;
-    g_byte_array_set_size(buffer, 0);
-    if (qemu.handles[number])
-        qemu_plugin_read_register(qemu.handles[number], buffer);
-    else if (x86_cpu_gdb_read_register && qemu_get_cpu)
-        x86_cpu_gdb_read_register(qemu_cpu(vcpu), buffer, registers[number].gdb);
     /* The guest is little-endian; so are the hosts. */
     memcpy(&value, buffer->data, buffer->len < sizeof value ? buffer->len : sizeof value);
     return value;
 }
 
+uint64_t qemu_peek_register(unsigned vcpu, unsigned number)
+{
+    GByteArray *buffer = empty_buffer();
+    if (x86_cpu_gdb_read_register && qemu_get_cpu)
+        x86_cpu_gdb_read_register(qemu_cpu(vcpu), buffer, registers[number].gdb);
+    return buffer_value(buffer);
+}
+
+void qemu_poke_register(unsigned vcpu, unsigned number, uint64_t value)
+{
+    if (x86_cpu_gdb_write_register && qemu_get_cpu)
+        x86_cpu_gdb_write_register(qemu_cpu(vcpu), (uint8_t *)&value, registers[number].gdb);
+}
+
+uint64_t qemu_read_register(unsigned vcpu, unsigned number)
+{
+    if (!qemu.is_offered[number])
+        return qemu_peek_register(vcpu, number);
+    GByteArray *buffer = empty_buffer();
+    qemu_plugin_read_register(qemu.handles[number], buffer);
+    return buffer_value(buffer);
+}
+
 void qemu_write_register(unsigned vcpu, unsigned number, uint64_t value)
 {
-    if (qemu.handles[number] && qemu_plugin_write_register) {
-        GByteArray *buffer = qemu.buffers[vcpu];
-        g_byte_array_set_size(buffer, sizeof value);
-        memcpy(buffer->data, &value, sizeof value);
-        qemu_plugin_write_register(qemu.handles[number], buffer);
-    } else if (x86_cpu_gdb_write_register && qemu_get_cpu) {
-        x86_cpu_gdb_write_register(qemu_cpu(vcpu), (uint8_t *)&value, registers[number].gdb);
+    if (!qemu_plugin_write_register || !qemu.is_offered[number] || number == VMEXIT_RIP) {
+        qemu_poke_register(vcpu, number, value);
+        return;
     }
+    GByteArray *buffer = g_byte_array_set_size(empty_buffer(), sizeof value);
+    memcpy(buffer->data, &value, sizeof value);
+    qemu_plugin_write_register(qemu.handles[number], buffer);
 }
 
 uint64_t *qemu_env(unsigned vcpu)
 {
-    return qemu.env_offset ? (uint64_t *)((char *)qemu_cpu(vcpu) + qemu.env_offset) : NULL;
+    ptrdiff_t offset = __atomic_load_n(&qemu.env_offset, __ATOMIC_ACQUIRE);
+    return offset ? (uint64_t *)((char *)qemu_cpu(vcpu) + offset) : NULL;
 }
 
-uint64_t *qemu_prove_env(unsigned vcpu, uint64_t *candidate)
+bool qemu_prove_env(unsigned vcpu, const uint64_t *candidate)
 {
     char *cpu = qemu_cpu(vcpu);
     ptrdiff_t offset = (char *)candidate - cpu;
     /* The state is a part of the CPU object (X86CPU.env), which is some ten thousand bytes long. */
     if (cpu == NULL || offset <= 0 || offset > 1 << 17 || offset % 8 != 0)
-        return NULL;
+        return false;
     for (unsigned number = 0; number < 16; number++)
         if (candidate[number] != qemu_read_register(vcpu, number))
-            return NULL;
-    if (candidate[ENV_RIP] != qemu_read_register(vcpu, VMEXIT_RIP))
-        return NULL;
+            return false;
+    /* A RIP of 0 proves nothing: so is every register that nobody uses. */
+    uint64_t rip = qemu_read_register(vcpu, VMEXIT_RIP);
+    unsigned index = candidate[16] == rip ? 16 : 32;
+    if (rip == 0 || candidate[index] != rip)
+        return false;
+    __atomic_store_n(&qemu_env_rip, index, __ATOMIC_RELAXED);
     __atomic_store_n(&qemu.env_offset, offset, __ATOMIC_RELEASE);
-    return candidate;
+    return true;
 }
 
 uint64_t qemu_read_rflags(unsigned vcpu)
 {
     uint64_t rflags = qemu_read_register(vcpu, VMEXIT_RFLAGS);
-    char *env = (char *)qemu_env(vcpu);
+    uint64_t *env = qemu_env(vcpu);
     uint32_t cc_op;
     int32_t df;
     if (env == NULL || !cpu_cc_compute_all)
         return rflags;
-    memcpy(&cc_op, env + ENV_CC_OP_BYTE, sizeof cc_op);
-    memcpy(&df, env + ENV_DF_BYTE, sizeof df);
+    const char *rip = (const char *)(env + qemu_env_rip);
+    memcpy(&cc_op, rip + ENV_CC_OP_BYTE, sizeof cc_op);
+    memcpy(&df, rip + ENV_DF_BYTE, sizeof df);
     if ((df != 1 && df != -1) || cc_op > LARGEST_CC_OP)
         return rflags; /* another layout than the one known */
     rflags &= ~(uint64_t)(STATUS_FLAGS | DIRECTION_FLAG);

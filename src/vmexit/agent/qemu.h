@@ -24,18 +24,23 @@ void *qemu_cpu(unsigned vcpu);
 /* The vCPU whose thread this is and whose registers can be read right now; false where QEMU does not say. */
 bool qemu_current_vcpu(unsigned *vcpu);
 
-/* One register by its wire number (VMEXIT_RAX ...), from the vCPU's own thread, or from another one while the vCPU stands still.
- * Inside a callback from translated code RIP is that of some earlier instruction of the block, and the status flags are stale. */
+/* One register by its wire number (VMEXIT_RAX ...), in a callback on the vCPU's own thread. Inside a callback from translated code
+ * RIP is that of some earlier instruction of the block, and the status flags are stale. */
 uint64_t qemu_read_register(unsigned vcpu, unsigned number);
 void qemu_write_register(unsigned vcpu, unsigned number, uint64_t value);
+/* The same by the internals, where the plugin interface does not reach: on another thread while the vCPU stands still, or on its own
+ * between two blocks. */
+uint64_t qemu_peek_register(unsigned vcpu, unsigned number);
+void qemu_poke_register(unsigned vcpu, unsigned number, uint64_t value);
 /* RFLAGS with the status flags that the translator keeps apart while a vCPU executes. */
 uint64_t qemu_read_rflags(unsigned vcpu);
 void qemu_write_rflags(unsigned vcpu, uint64_t value);
 
-/* The vCPU's state as an array (16 general registers in encoding order, then RIP), where that was proven to be where `candidate`
- * points; else null. */
-uint64_t *qemu_prove_env(unsigned vcpu, uint64_t *candidate);
+/* Whether the vCPU's state (16 general registers in encoding order, and RIP at [qemu_env_rip]) is where `candidate` points; in a
+ * callback, when it can be compared with what is read the slow way. From then on qemu_env gives the state, until then null. */
+bool qemu_prove_env(unsigned vcpu, const uint64_t *candidate);
 uint64_t *qemu_env(unsigned vcpu);
+extern unsigned qemu_env_rip;
 
 bool qemu_access_memory(unsigned vcpu, bool physical, bool write, uint64_t address, void *bytes, uint32_t length);
 bool qemu_is_running(void);

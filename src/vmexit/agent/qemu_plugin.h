@@ -46,6 +46,7 @@ typedef struct {
 GByteArray *g_byte_array_new(void) IF_PRESENT;
 GByteArray *g_byte_array_set_size(GByteArray *array, unsigned length) IF_PRESENT;
 char *g_array_free(GArray *array, int free_segment) IF_PRESENT;
+unsigned g_array_get_element_size(GArray *array) IF_PRESENT;
 
 /* In every version */
 void qemu_plugin_register_vcpu_init_cb(qemu_plugin_id_t id, void (*cb)(qemu_plugin_id_t, unsigned)) IF_PRESENT;
@@ -66,14 +67,16 @@ typedef struct {
     struct qemu_plugin_register *handle;
     const char *name;
     const char *feature;
+    /* from 6 on more follows: the array says how far it is to the next one */
 } qemu_plugin_reg_descriptor;
 GArray *qemu_plugin_get_registers(void) IF_PRESENT;
+/* This and its like: in a callback and for the vCPU whose thread this is alone; elsewhere they give nothing or abort. */
 int qemu_plugin_read_register(struct qemu_plugin_register *handle, GByteArray *buf) IF_PRESENT;
 /* 3 (QEMU 9.1) */
 void qemu_plugin_register_vcpu_insn_exec_cond_cb(void) IF_PRESENT;
 /* 4 (QEMU 9.2) */
 bool qemu_plugin_read_memory_vaddr(uint64_t addr, GByteArray *data, size_t len) IF_PRESENT;
-/* 5 (QEMU 10.1) */
+/* 5 (QEMU 10.1); from 6 on it aborts where the register is RIP */
 int qemu_plugin_write_register(struct qemu_plugin_register *handle, GByteArray *buf) IF_PRESENT;
 bool qemu_plugin_write_memory_vaddr(uint64_t addr, GByteArray *data) IF_PRESENT;
 /* 6 (QEMU 11.0) */

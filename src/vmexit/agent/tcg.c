@@ -14,6 +14,7 @@
 
 enum { RUN_STATE_PAUSED = 4 }; /* QEMU, qapi/run-state.json */
 enum { HOLDS = 64 };
+enum { ENV_TRIES = 16, ENV_PROVEN = ENV_TRIES + 1 };
 
 /* An instruction whose events have acted, wholly or up to a break, and which has yet to execute. The machine may take interrupts
  * and move the task to another vCPU in between; RIP and RSP tell it apart. */
@@ -46,8 +47,7 @@ struct place {
 static struct {
     struct executed *executed; /* by vCPU */
     unsigned vcpu_count;
-    bool env_tried;
-    bool env_proven;
+    unsigned env; /* ENV_PROVEN, or how often it could not be proven that the CPU's state is where it is thought to be */
     char hold_lock;
     unsigned hold_count;
     unsigned hold_next;
@@ -142,7 +142,7 @@ static void forget_holds(void *unused)
     (void)unused;
     lock_holds();
     memset(tcg.holds, 0, sizeof tcg.holds);
-    tcg.hold_count = 0;
+    __atomic_store_n(&tcg.hold_count, 0, __ATOMIC_RELEASE);
     unlock_holds();
 }
 
@@ -157,28 +157,34 @@ static void make_precise(struct trap *trap)
     place->precise = true;
 }
 
+static uint64_t read_register(unsigned vcpu, const struct place *place, unsigned number)
+{
+    return place->return_address ? qemu_read_register(vcpu, number) : qemu_peek_register(vcpu, number);
+}
+
 static void get_asked(struct trap *trap, uint64_t *values)
 {
     const struct place *place = trap->place;
     make_precise(trap);
     for (unsigned number = 0; number <= VMEXIT_RIP; number++)
-        values[number] = qemu_read_register(trap->vcpu, number);
+        values[number] = read_register(trap->vcpu, place, number);
     values[VMEXIT_RFLAGS] =
-        place->return_address ? qemu_read_rflags(trap->vcpu) : qemu_read_register(trap->vcpu, VMEXIT_RFLAGS);
+        place->return_address ? qemu_read_rflags(trap->vcpu) : qemu_peek_register(trap->vcpu, VMEXIT_RFLAGS);
 }
 
 static void set_asked(struct trap *trap, const uint64_t *values, uint32_t changed)
 {
     const struct place *place = trap->place;
-    for (unsigned number = 0; number <= VMEXIT_RIP; number++)
-        if (changed >> number & 1)
+    for (unsigned number = 0; number <= VMEXIT_RFLAGS; number++) {
+        if (!(changed >> number & 1))
+            continue;
+        if (!place->return_address)
+            qemu_poke_register(trap->vcpu, number, values[number]);
+        else if (number == VMEXIT_RFLAGS)
+            qemu_write_rflags(trap->vcpu, values[number]);
+        else
             qemu_write_register(trap->vcpu, number, values[number]);
-    if (!(changed >> VMEXIT_RFLAGS & 1))
-        return;
-    if (place->return_address)
-        qemu_write_rflags(trap->vcpu, values[VMEXIT_RFLAGS]);
-    else
-        qemu_write_register(trap->vcpu, VMEXIT_RFLAGS, values[VMEXIT_RFLAGS]);
+    }
 }
 
 static void before_sleep(struct trap *trap)
@@ -215,7 +221,7 @@ static int get_registers(unsigned vcpu, uint64_t *values)
     if (!is_reachable(vcpu))
         return VMEXIT_RUNNING;
     for (unsigned number = 0; number < VMEXIT_REGISTERS; number++)
-        values[number] = qemu_read_register(vcpu, number);
+        values[number] = qemu_peek_register(vcpu, number);
     return VMEXIT_OK;
 }
 
@@ -228,7 +234,7 @@ static int set_register(unsigned vcpu, unsigned number, uint64_t value)
     if (!is_reachable(vcpu) || core_is_asking(vcpu)) /* a question's registers go with its answer */
         return VMEXIT_RUNNING;
     qemu_lock();
-    qemu_write_register(vcpu, number, value);
+    qemu_poke_register(vcpu, number, value);
     qemu_unlock();
     follow_register(vcpu, number, value);
     return VMEXIT_OK;
@@ -339,11 +345,11 @@ static struct trap make_trap(unsigned vcpu, struct place *place, unsigned access
 {
     const uint64_t *env = qemu_env(vcpu);
     struct trap trap = {.door = &door, .place = place, .vcpu = vcpu, .access = (uint8_t)access, .length = (uint8_t)length, .rip = rip};
-    uint64_t rax = env ? env[VMEXIT_RAX] : qemu_read_register(vcpu, VMEXIT_RAX);
-    uint64_t rdx = env ? env[VMEXIT_RDX] : qemu_read_register(vcpu, VMEXIT_RDX);
+    uint64_t rax = env ? env[VMEXIT_RAX] : read_register(vcpu, place, VMEXIT_RAX);
+    uint64_t rdx = env ? env[VMEXIT_RDX] : read_register(vcpu, place, VMEXIT_RDX);
     trap.value = rdx << 32 | (uint32_t)rax;
-    trap.msr = (uint32_t)(env ? env[VMEXIT_RCX] : qemu_read_register(vcpu, VMEXIT_RCX));
-    trap.rsp = env ? env[VMEXIT_RSP] : qemu_read_register(vcpu, VMEXIT_RSP);
+    trap.msr = (uint32_t)(env ? env[VMEXIT_RCX] : read_register(vcpu, place, VMEXIT_RCX));
+    trap.rsp = env ? env[VMEXIT_RSP] : read_register(vcpu, place, VMEXIT_RSP);
     return trap;
 }
 
@@ -359,12 +365,12 @@ static bool has_completed(unsigned vcpu, const struct executed *executed, bool *
 {
     const uint64_t next = executed->rip + executed->length;
     *interrupted = false;
-    if (qemu_read_register(vcpu, VMEXIT_RIP) == next)
+    if (qemu_peek_register(vcpu, VMEXIT_RIP) == next)
         return true;
     uint64_t frame_rip = 0;
-    uint64_t rsp = qemu_read_register(vcpu, VMEXIT_RSP);
-    bool long_mode = qemu_read_register(vcpu, VMEXIT_EFER) >> 10 & 1;
-    uint32_t width = long_mode ? 8 : qemu_read_register(vcpu, VMEXIT_CR0) & CR0_PE ? 4 : 2;
+    uint64_t rsp = qemu_peek_register(vcpu, VMEXIT_RSP);
+    bool long_mode = qemu_peek_register(vcpu, VMEXIT_EFER) >> 10 & 1;
+    uint32_t width = long_mode ? 8 : qemu_peek_register(vcpu, VMEXIT_CR0) & CR0_PE ? 4 : 2;
     *interrupted = qemu_access_memory(vcpu, false, false, rsp, &frame_rip, width) &&
                    frame_rip == (width == 8 ? next : next & ((UINT64_C(1) << width * 8) - 1));
     return *interrupted;
@@ -444,14 +450,20 @@ static void on_wanted(unsigned index, uintptr_t site, uint64_t rip, uintptr_t re
     }
 }
 
+static bool env_is_proven(unsigned index, const uint64_t *env)
+{
+    unsigned state = __atomic_load_n(&tcg.env, __ATOMIC_ACQUIRE);
+    if (__builtin_expect(state < ENV_TRIES, 0)) {
+        state = env != NULL && qemu_prove_env(index, env) ? ENV_PROVEN : state + 1;
+        __atomic_store_n(&tcg.env, state, __ATOMIC_RELEASE);
+    }
+    return state == ENV_PROVEN;
+}
+
 /* The common way in from translated code. `env` is what the host's register held that TCG keeps the CPU's state in. */
 __attribute__((visibility("hidden"), used)) void tcg_before(unsigned index, uintptr_t site, uint64_t *env)
 {
-    if (__builtin_expect(!tcg.env_tried, 0)) {
-        tcg.env_proven = env != NULL && qemu_prove_env(index, env) != NULL;
-        tcg.env_tried = true;
-    }
-    if (!tcg.env_proven)
+    if (!env_is_proven(index, env))
         env = NULL;
     uint32_t msr = (uint32_t)(env ? env[VMEXIT_RCX] : qemu_read_register(index, VMEXIT_RCX));
     tcg.executed[index].pending = false;
@@ -459,7 +471,7 @@ __attribute__((visibility("hidden"), used)) void tcg_before(unsigned index, uint
         return;
     if (site_check_privilege(site) && !is_privileged(index))
         return;
-    uint64_t rip = site_rip(site, env ? env[VMEXIT_RIP] : qemu_read_register(index, VMEXIT_RIP));
+    uint64_t rip = site_rip(site, env ? env[qemu_env_rip] : qemu_read_register(index, VMEXIT_RIP));
     on_wanted(index, site, rip, (uintptr_t)__builtin_return_address(0));
 }
 
@@ -555,8 +567,8 @@ EXPORT int qemu_plugin_install(qemu_plugin_id_t id, const struct qemu_info *info
     for (int i = 0; i < argc; i++)
         if (strncmp(argv[i], "link=", 5) == 0)
             listening = atoi(argv[i] + 5);
-    if (listening < 0)
-        return fail("no link=DESCRIPTOR given; it is started by 'vmexit run'");
+    if (!link_is_listening(listening))
+        return fail("no link=DESCRIPTOR of a listening socket given; it is started by 'vmexit run'");
     if (!info->system_emulation || (strcmp(info->target_name, "x86_64") != 0 && strcmp(info->target_name, "i386") != 0))
         return fail("only x86 system emulation has MSRs to trap");
     door.capabilities = qemu_capabilities();

@@ -67,13 +67,15 @@ class Link:
         hello = wire.unpack("hello", payload)
         memory_fd, wake_fd = fds
         try:
-            memory = mmap.mmap(memory_fd, 0)
+            self.rings = Rings(mmap.mmap(memory_fd, 0), wake_fd, hello.sequence)
+        except BaseException:
+            os.close(wake_fd)
+            raise
         finally:
             os.close(memory_fd)
         self.capabilities = Capability(hello.capabilities)
         self.plugin_api: int = hello.plugin_api
         self.door: str = bytes(wire.ffi.buffer(hello.door)).rstrip(b"\0").decode("ascii", "replace")
-        self.rings = Rings(memory, wake_fd, hello.sequence)
 
     def close(self) -> None:
         """Ends the connection; the agent switches every event off. Does nothing the second time."""
@@ -103,10 +105,18 @@ class Link:
         except OSError as error:
             raise LinkError(f"the link to the agent is broken: {error.strerror}") from None
 
+    def _read(self) -> tuple[bytes, list[int]]:
+        try:
+            data, fds, _, _ = socket.recv_fds(self._socket, _MOST, 2, socket.MSG_CMSG_CLOEXEC)
+        except ConnectionResetError:
+            # The agent closed the link before it had read everything; what it said before that comes only now.
+            data, fds, _, _ = socket.recv_fds(self._socket, _MOST, 2, socket.MSG_CMSG_CLOEXEC)
+        return data, fds
+
     def _receive(self, fds: list[int]) -> tuple[int, int, int, int, bytes]:
         """One datagram: (type, status, serial, vcpu, payload). Descriptors that come with it are added to ``fds``."""
         try:
-            data, received_fds, _, _ = socket.recv_fds(self._socket, _MOST, 2)
+            data, received_fds = self._read()
         except TimeoutError:
             raise LinkError(f"the agent did not answer within {_ANSWER_S:g} s") from None
         except OSError as error:
@@ -135,14 +145,19 @@ class Link:
         payload: bytes = b"",
         fds: list[int] | None = None,
     ) -> bytes:
-        self._send(kind, vcpu, argument, address, payload)
+        try:
+            self._send(kind, vcpu, argument, address, payload)
+        except LinkError:
+            # An agent that is busy says so and hangs up, without waiting to be asked.
+            if not select.select([self._socket], [], [], 0)[0]:
+                raise
         deadline = time.monotonic() + _ANSWER_S
         while time.monotonic() < deadline:
             received: list[int] = []
             answer, status, serial, about, data = self._receive(received)
             if answer == kind and (serial == self._serial or status == Status.BUSY):
                 if status != Status.OK:
-                    raise RequestError(Status(status))
+                    raise RequestError(_known_status(status))
                 if fds is not None:
                     fds.extend(received)
                 return data
@@ -203,6 +218,13 @@ class Link:
             yield self
         finally:
             self.close()
+
+
+def _known_status(status: int) -> Status:
+    try:
+        return Status(status)
+    except ValueError:
+        raise LinkError(f"the agent answered with a status ({status}) that this version of vmexit does not know") from None
 
 
 def _chunks(address: int, length: int) -> Iterator[tuple[int, int]]:

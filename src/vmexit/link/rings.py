@@ -26,7 +26,10 @@ class Rings:
         Raises LinkError where the memory does not look as the agent lays it out.
         """
         header = wire.unpack("shared", memory[: wire.size("shared")])
-        if header.magic != wire.MAGIC or header.version != wire.VERSION or header.size > len(memory):
+        rings_end = wire.size("shared") + header.vcpus * wire.size("ring")
+        records_end = header.records_offset + header.vcpus * header.ring_records * wire.size("record")
+        is_sound = rings_end <= header.records_offset and records_end <= header.size <= len(memory)
+        if header.magic != wire.MAGIC or header.version != wire.VERSION or not is_sound:
             raise LinkError("the agent's shared memory is not what this version of vmexit expects")
         self.vcpus: int = header.vcpus
         self.wake_fd = wake_fd
@@ -61,11 +64,14 @@ class Rings:
 
     def close(self) -> None:
         """Lets go of the shared memory and the eventfds. The counters can still be read."""
-        counters = bytearray(self._words[: self._rings_end])
-        self._words.release()
-        self._words = memoryview(counters).cast("Q")
+        words = self._words
+        # Another thread may be reading them.
+        self._words = memoryview(bytearray(words[: self._rings_end])).cast("Q")
+        words.release()
         self._records.clear()
-        self._memory.close()
+        # An exception that came out of here (Ctrl-C) may still hold views; with the last of them the memory goes.
+        with contextlib.suppress(BufferError):
+            self._memory.close()
         for fd in [self.wake_fd, *self._vcpu_fds.values()]:
             os.close(fd)
         self._vcpu_fds.clear()

@@ -1,25 +1,13 @@
 """What the debugger and the agent share, read from the agent's own header (agent/wire.h)."""
 
 import enum
-import re
-from importlib import resources
 from typing import Any
 
-import cffi
 import numpy as np
 
+from vmexit.link.header import read_headers
 
-def _declarations() -> str:
-    """wire.h without what cffi does not read: include guards and comments that hold no declaration."""
-    text = (resources.files("vmexit.agent") / "wire.h").read_text(encoding="utf-8")
-    text = re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL)
-    lines = [line for line in text.splitlines() if not line.startswith("#") or re.match(r"#define \w+ \w", line)]
-    return "\n".join(lines)
-
-
-ffi = cffi.FFI()
-ffi.cdef(_declarations())
-_constants: Any = ffi.dlopen(None)
+ffi, _constants = read_headers("wire.h")
 
 
 def constant(name: str) -> int:

@@ -7,7 +7,6 @@ import os
 import re
 import select
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
@@ -62,7 +61,7 @@ def agent_path() -> Path:
 
 def check_arguments(arguments: Sequence[str]) -> bool:
     """Whether the user wants the machine to start halted (-S). Raises UsageError for what cannot go together with vmexit."""
-    following = [*arguments[1:], ""]
+    following = [*arguments, ""][1:]
     halted = False
     for argument, value in zip(arguments, following, strict=True):
         option = "-" + argument.lstrip("-") if argument.startswith("-") else argument
@@ -276,10 +275,22 @@ class Qemu:
             reader.finish()
 
     def close(self) -> None:
-        """Ends QEMU: by asking, by SIGTERM, by SIGKILL."""
+        """Ends QEMU: by asking, by SIGTERM, by SIGKILL. An exception in the meantime (Ctrl-C again) makes it SIGKILL at once."""
         if self._closed:
             return
         self._closed = True
+        try:
+            self._end()
+        finally:
+            if self._process.poll() is None:
+                self._process.kill()
+            self._process.wait()
+            self._finish_output()
+            if self._qmp is not None:
+                self._qmp.close()
+            os.close(self._pidfd)
+
+    def _end(self) -> None:
         if hasattr(self, "link") and not self.link.closed:
             with contextlib.suppress(LinkError):
                 self.link.hold(False)  # it is to end, not to run on
@@ -287,15 +298,9 @@ class Qemu:
         if self._process.poll() is None and self._qmp is not None:
             self._qmp.begin("quit")
             self._wait(_QUIT_S)
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            if self._process.poll() is None:
-                self._process.send_signal(number)
-                self._wait(_QUIT_S)
-        self._process.wait()
-        self._finish_output()
-        if self._qmp is not None:
-            self._qmp.close()
-        os.close(self._pidfd)
+        if self._process.poll() is None:
+            self._process.terminate()
+            self._wait(_QUIT_S)
 
     def _wait(self, seconds: float) -> bool:
         """Whether QEMU has ended by then."""

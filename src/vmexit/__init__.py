@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.metadata import version
+from typing import TYPE_CHECKING
 
-from vmexit.debugger import Debugger, Overflow, State, Stop, StopReason
-from vmexit.errors import VmexitError
-from vmexit.events import Event, MsrSet
-from vmexit.link.wire import Access, Action, Stage
-from vmexit.recording import Recording
-from vmexit.targets.qemu import DEFAULT_QEMU, OutputTo, Qemu
-from vmexit.trap import LiveTrap, Registers, Trap
+if TYPE_CHECKING:
+    from vmexit.debugger import Debugger, Overflow, State, Stop, StopReason
+    from vmexit.errors import VmexitError
+    from vmexit.events import Event, MsrSet
+    from vmexit.link.wire import Access, Action, Stage
+    from vmexit.recording import Recording
+    from vmexit.targets.qemu import OutputTo
+    from vmexit.trap import LiveTrap, Registers, Trap
 
-__version__ = version("vmexit")
+    __version__: str
 
 __all__ = [
     "Access",
@@ -31,14 +32,48 @@ __all__ = [
     "StopReason",
     "Trap",
     "VmexitError",
+    "__version__",
     "launch",
 ]
 
+# Loaded when they are first asked for, so that "vmexit --version" need not wait for numpy, capstone and QMP.
+_MODULES = {
+    "vmexit.debugger": ("Debugger", "Overflow", "State", "Stop", "StopReason"),
+    "vmexit.errors": ("VmexitError",),
+    "vmexit.events": ("Event", "MsrSet"),
+    "vmexit.link.wire": ("Access", "Action", "Stage"),
+    "vmexit.recording": ("Recording",),
+    "vmexit.trap": ("LiveTrap", "Registers", "Trap"),
+}
 
-def launch(arguments: Sequence[str], *, qemu: str = DEFAULT_QEMU, output: OutputTo | None = None) -> Debugger:
+
+def __getattr__(name: str) -> object:
+    import importlib
+    from importlib.metadata import version
+
+    value: object
+    if name == "__version__":
+        value = version("vmexit")
+    else:
+        module = next((module for module, names in _MODULES.items() if name in names), None)
+        if module is None:
+            raise AttributeError(f"module 'vmexit' has no attribute '{name}'")
+        value = getattr(importlib.import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def launch(arguments: Sequence[str], *, qemu: str = "qemu-system-x86_64", output: OutputTo | None = None) -> Debugger:
     """Starts QEMU with these arguments and gives its debugger; the machine is halted before its first instruction.
 
     ``output(stream, data)`` gets what QEMU writes to "stdout" and "stderr", from threads of their own; None: it goes to the
     caller's own. Raises UsageError or TargetError, with the reason in one line, where QEMU cannot be started or be trapped in.
     """
+    from vmexit.debugger import Debugger
+    from vmexit.targets.qemu import Qemu
+
     return Debugger(Qemu(arguments, qemu=qemu, output=output))

@@ -30,6 +30,8 @@ from vmexit.trap import LiveTrap, Registers, Trap, traps_of
 # How long the debugger sleeps when nothing calls it: records that need not be seen at once wait no longer than this.
 _POLL_S = 0.05
 _HALT_S = 20.0
+_SPIN_S = 0.0001
+_NOTICES_S = 0.01
 _KEPT = 200_000
 
 
@@ -110,6 +112,8 @@ class Debugger:
         self._breaks: deque[Trap] = deque()
         self._shut_down = False
         self._halting = False
+        self._answered = False
+        self._look_for_notices = 0.0
         self._error: BaseException | None = None
 
     # ---- coming and going ----
@@ -262,7 +266,7 @@ class Debugger:
             with self.lock:
                 self.target.link.set_register(core, number, value)
 
-        return Registers(dict(enumerate(values)), write)
+        return Registers(values, write)
 
     def read_memory(self, core: int | None, address: int, length: int, *, physical: bool = False) -> bytes:
         """Guest memory by that vCPU's page tables. Raises RequestError while the machine runs, and for what is not mapped."""
@@ -410,12 +414,24 @@ class Debugger:
         with self.lock:
             worked = self._work()
         if timeout > 0 and not worked and self.state != State.ENDED:
-            self._sleep(timeout)
+            if not self._is_called_soon():
+                self._sleep(timeout)
             with self.lock:
                 self._work()
         error, self._error = self._error, None
         if error is not None:
             raise error
+
+    def _is_called_soon(self) -> bool:
+        """Looks a moment for the next question after one was answered: that often comes before one could sleep and be woken."""
+        if not self._answered:
+            return False
+        self._answered = False
+        deadline = time.monotonic() + _SPIN_S
+        while not self.target.link.closed and time.monotonic() < deadline:
+            if self._rings.calls():
+                return True
+        return False
 
     def _sleep(self, timeout: float) -> None:
         link = self.target.link
@@ -439,6 +455,11 @@ class Debugger:
         if self.state == State.ENDED:
             return False
         drained = self._drain()
+        # Looking for notices takes some system calls, too many for every question.
+        now = time.monotonic()
+        if drained and now < self._look_for_notices:
+            return True
+        self._look_for_notices = now + _NOTICES_S
         self._take_link_notices()
         notices = self.target.notices()
         for notice in notices:
@@ -472,7 +493,8 @@ class Debugger:
     def _take(self, records: Records) -> None:
         self.summary.add(records)
         self._keep(records)
-        actions = int(np.bitwise_or.reduce(records["action"]))
+        # A question mostly comes alone, and for one record numpy is slow.
+        actions = int(records["action"][0] if len(records) == 1 else np.bitwise_or.reduce(records["action"]))
         if self.record_listeners and actions & Action.RECORD:
             mine = records if actions == Action.RECORD else records[records["action"] == Action.RECORD]
             for listener in list(self.record_listeners):
@@ -515,7 +537,7 @@ class Debugger:
 
     def _ask(self, trap: Trap) -> None:
         values = self._rings.question_registers(trap.core)
-        live = LiveTrap(trap, list(values), self)
+        live = LiveTrap(trap, values.copy(), self)
         event = self.events.get(trap.event)
         changed, skip, halt = 0, trap.skipped, False
         # After an exception the rest of the batch is answered without asking: the vCPUs wait.
@@ -525,6 +547,7 @@ class Debugger:
                 event.callback(live)
                 changed, skip, halt, values = live.changed, live.short_circuit, live.halting, live.values
         self._rings.answer(trap.core, trap.sequence, values, changed, skip, halt)
+        self._answered = True
 
     # ---- stops ----
 

@@ -149,9 +149,9 @@ def run(kernel: Path | None = None) -> int:
     screen = _Screen()
     demo = _Demo(screen)
     with _arguments(found) as arguments, Debugger(Qemu(arguments, output=demo.on_output)) as debugger:
+        machine = f"Linux {found.release} on {VCPUS} vCPUs of {debugger.target.name}"
         screen.print(
-            f"vmexit {vmexit.__version__}: Linux {found.release} on {VCPUS} vCPUs of {debugger.target.name}; every WRMSR is trapped "
-            "but for five that are written all the time\n"
+            f"vmexit {vmexit.__version__}: {machine}; every WRMSR is trapped but for five that are written all the time\n"
         )
         try:
             stop = demo.run(debugger)

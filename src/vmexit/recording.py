@@ -9,16 +9,34 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from vmexit.link.rings import Records
+from vmexit.link import wire
+from vmexit.link.rings import Records, joined
 from vmexit.link.wire import Access, Stage
 from vmexit.trap import Trap, traps_of
+
+# Of a record: the MSR and the event in one number, and vCPU, access and stage in another.
+_ALIKE = np.dtype(
+    {
+        "names": ["what", "where"],
+        "formats": ["<u8", "<u4"],
+        "offsets": [wire.offset("record", "msr"), wire.offset("record", "vcpu")],
+        "itemsize": wire.size("record"),
+    }
+)
+
+
+def _are_alike(records: Records) -> bool:
+    """Whether all are of one event, MSR, vCPU, access and stage, as they are where records come fastest."""
+    parts = records.view(_ALIKE)
+    what, where = parts["what"], parts["where"]
+    return bool(what[0] == what[-1] and (what == what[0]).all() and (where == where[0]).all())
 
 
 class Recording:
     """The newest records of one event, up to a number; how many older ones were forgotten is known."""
 
     def __init__(self, most: int) -> None:
-        """``most``: records that are kept, each 72 bytes."""
+        """``most``: records that are kept, each 64 bytes."""
         self._most = most
         self._chunks: deque[Records] = deque()
         self._kept = 0
@@ -26,9 +44,11 @@ class Recording:
 
     def add(self, records: Records) -> None:
         """Takes records in, oldest first."""
+        if not len(records):
+            return
         self._chunks.append(records)
         self._kept += len(records)
-        while self._kept - len(self._chunks[0]) >= self._most:
+        while self._chunks and self._kept - len(self._chunks[0]) >= self._most:
             oldest = self._chunks.popleft()
             self._kept -= len(oldest)
             self.forgotten += len(oldest)
@@ -56,11 +76,17 @@ class MsrSummary:
     """First and last value, in the order of all records."""
 
 
+_ADDED_AT_ONCE = 1024
+"""Records that are gathered before they are added up: that costs little more for many than for one."""
+
+
 class Summary:
     """Sums over all records, by event, stage and MSR. Adding costs some ten nanoseconds a record."""
 
     def __init__(self) -> None:
         self.total = 0
+        self._waiting: list[Records] = []
+        self._waiting_count = 0
         self._keys: npt.NDArray[np.uint64] = np.empty(0, np.uint64)
         self._counts: npt.NDArray[np.int64] = np.empty(0, np.int64)
         self._firsts: npt.NDArray[np.uint64] = np.empty(0, np.uint64)
@@ -81,31 +107,41 @@ class Summary:
 
     def add(self, records: Records) -> None:
         """Takes records in, in the global order."""
+        self.total += len(records)
+        self._waiting.append(records)
+        self._waiting_count += len(records)
+        if self._waiting_count >= _ADDED_AT_ONCE:
+            self._add_waiting()
+
+    def _add_waiting(self) -> None:
+        records = joined(self._waiting)
+        self._waiting, self._waiting_count = [], 0
         if not len(records):
             return
-        self.total += len(records)
-        keys = self._keys_of(records)
-        is_one = keys[0] == keys[-1] and (keys == keys[0]).all()
-        found = keys[:1] if is_one else np.unique(keys)
-        self._make_room(found)
-        places = np.searchsorted(self._keys, found if len(found) == 1 else keys)
         values, sequences = records["value"], records["sequence"]
-        if len(found) == 1:
-            place = int(places[0])
+        if _are_alike(records):
+            place = int(self._places(self._keys_of(records[:1]))[0])
             if self._counts[place] == 0:
                 self._firsts[place], self._first_sequences[place] = values[0], sequences[0]
             self._counts[place] += len(records)
             self._lasts[place], self._last_sequences[place] = values[-1], sequences[-1]
             return
-        backwards = places[::-1]
-        fresh = self._counts == 0
+        places = self._places(self._keys_of(records))
+        fresh = np.flatnonzero(self._counts[places] == 0)
         self._counts += np.bincount(places, minlength=len(self._keys))
         # Of equal places the assignment written last stays: the last record forwards, the first one backwards.
         self._lasts[places], self._last_sequences[places] = values, sequences
-        firsts, first_sequences = self._firsts.copy(), self._first_sequences.copy()
-        firsts[backwards], first_sequences[backwards] = values[::-1], sequences[::-1]
-        self._firsts = np.where(fresh, firsts, self._firsts)
-        self._first_sequences = np.where(fresh, first_sequences, self._first_sequences)
+        backwards = fresh[::-1]
+        self._firsts[places[backwards]], self._first_sequences[places[backwards]] = values[backwards], sequences[backwards]
+
+    def _places(self, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.intp]:
+        """Where the sums of these keys are; makes room for those that are new."""
+        if len(self._keys):
+            places = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
+            if (self._keys[places] == keys).all():
+                return places
+        self._make_room(np.unique(keys))
+        return np.searchsorted(self._keys, keys)
 
     def _make_room(self, found: npt.NDArray[np.uint64]) -> None:
         new = np.setdiff1d(found, self._keys, assume_unique=True)
@@ -120,6 +156,8 @@ class Summary:
 
     def rows(self) -> list[MsrSummary]:
         """A row for each event, stage and MSR; the vCPUs are put together. In the order of events and addresses."""
+        if self._waiting:
+            self._add_waiting()
         rows: dict[tuple[int, int, int, int], tuple[MsrSummary, int, int]] = {}
         columns = (self._keys, self._counts, self._firsts, self._lasts, self._first_sequences, self._last_sequences)
         for key, count, first, last, first_sequence, last_sequence in zip(*(column.tolist() for column in columns), strict=True):

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from vmexit.errors import VmexitError
 from vmexit.guest import registers as register_names
 from vmexit.link.rings import Records
-from vmexit.link.wire import Access, Action, RecordFlag, Stage
+from vmexit.link.wire import Access, Action, RecordFlag, Stage, constant
 
 _ACCESS = {int(access): access for access in Access}
 _STAGE = {int(stage): stage for stage in Stage}
 _ACTION = {int(action): action for action in Action}
-_MASK64 = 0xFFFF_FFFF_FFFF_FFFF
+_FLAGS = [RecordFlag(flags) for flags in range(int(~RecordFlag(0)) + 1)]
+_MASK32, _MASK64 = 0xFFFF_FFFF, 0xFFFF_FFFF_FFFF_FFFF
+_RAX, _RCX, _RDX = constant("RAX"), constant("RCX"), constant("RDX")
 
 
-@dataclass(frozen=True, slots=True)
-class Trap:
+class Trap(NamedTuple):
     """One WRMSR or RDMSR that an event was triggered by."""
 
     sequence: int
@@ -63,7 +63,7 @@ def traps_of(records: Records) -> Iterator[Trap]:
             _ACCESS[access],
             _STAGE[stage],
             _ACTION[action],
-            RecordFlag(flags),
+            _FLAGS[flags],
             length,
         )
 
@@ -81,14 +81,14 @@ class Registers(MutableMapping[str, int]):
     Names are those of guest.registers, in lower case; KeyError for any other. A value that does not fit is ValueError.
     """
 
-    def __init__(self, values: Mapping[int, int], write: Callable[[int, int], None]) -> None:
-        """``values``: by wire number; ``write(number, value)`` changes one for good."""
-        self._values = dict(values)
+    def __init__(self, values: Sequence[int], write: Callable[[int, int], None]) -> None:
+        """``values``: the first of the wire's registers, by number; ``write(number, value)`` changes one for good."""
+        self._values = list(values)
         self._write = write
 
     def __getitem__(self, name: str) -> int:
         register = register_names.find(name)
-        if register.number not in self._values:
+        if register.number >= len(self._values):
             raise KeyError(name)
         return register.extract(self._values[register.number])
 
@@ -102,7 +102,7 @@ class Registers(MutableMapping[str, int]):
         raise TypeError("a register cannot be deleted")
 
     def __iter__(self) -> Iterator[str]:
-        return (register.name for register in register_names.WHOLE if register.number in self._values)
+        return (register.name for register in register_names.WHOLE[: len(self._values)])
 
     def __len__(self) -> int:
         return len(self._values)
@@ -120,7 +120,7 @@ class LiveTrap:
         """Bit n set: values[n] is not what the guest had."""
         self.short_circuit = trap.skipped
         self.halting = False
-        self.registers = Registers(dict(enumerate(values)), self._write)
+        self._registers: Registers | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._trap, name)
@@ -128,6 +128,17 @@ class LiveTrap:
     def _write(self, number: int, value: int) -> None:
         self.values[number] = value
         self.changed |= 1 << number
+
+    def _set(self, number: int, value: int) -> None:
+        self._write(number, value)
+        self._registers = None  # it has the old value
+
+    @property
+    def registers(self) -> Registers:
+        """The vCPU's general registers, RIP and RFLAGS, to be read and written."""
+        if self._registers is None:
+            self._registers = Registers(self.values, self._write)
+        return self._registers
 
     @property
     def trap(self) -> Trap:
@@ -152,25 +163,25 @@ class LiveTrap:
     @property
     def msr(self) -> int:
         """ECX. Setting it makes the guest's instruction access another MSR; RCX's upper half becomes 0."""
-        return self.registers["ecx"]
+        return self.values[_RCX] & _MASK32
 
     @msr.setter
     def msr(self, msr: int) -> None:
         if not 0 <= msr <= 0xFFFF_FFFF:
             raise ValueError(f"an MSR is a number from 0 to ffffffffh, not {msr:#x}")
-        self.registers["rcx"] = msr
+        self._set(_RCX, msr)
 
     @property
     def value(self) -> int:
         """EDX:EAX. Setting it (0 to 2^64-1) changes what is written, or in the post stage of RDMSR what was read."""
-        return self.registers["edx"] << 32 | self.registers["eax"]
+        return (self.values[_RDX] & _MASK32) << 32 | self.values[_RAX] & _MASK32
 
     @value.setter
     def value(self, value: int) -> None:
         if not 0 <= value <= _MASK64:
             raise ValueError(f"an MSR holds 64 bits; {value:#x} is no such value")
-        self.registers["rax"] = value & 0xFFFF_FFFF
-        self.registers["rdx"] = value >> 32
+        self._set(_RAX, value & _MASK32)
+        self._set(_RDX, value >> 32)
 
     def skip(self) -> None:
         """Short-circuits the instruction: it is not executed, the guest goes on behind it. Only in stage pre (VmexitError)."""

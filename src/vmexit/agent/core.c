@@ -19,6 +19,8 @@
 enum { RINGS_BYTES = 8 << 20, RING_MOST = 16384, RING_LEAST = 512 };
 /* A vCPU that waits looks this often whether the debugger is still there, in milliseconds. */
 enum { WAIT_MS = 100 };
+/* A vCPU that has asked looks so long for the answer before it sleeps. */
+enum { SPIN_NS = 100000 };
 
 struct table {
     struct table *retired; /* the next older one that a vCPU may still be reading */
@@ -148,7 +150,8 @@ static const struct table *table_enter(struct vcpu *vcpu)
             __atomic_signal_fence(__ATOMIC_SEQ_CST);
         else
             __atomic_thread_fence(__ATOMIC_SEQ_CST);
-        if (table == __atomic_load_n(&core.table, __ATOMIC_RELAXED))
+        /* It may be another table at the same address by now, which is as good: hence the acquire here too. */
+        if (table == __atomic_load_n(&core.table, __ATOMIC_ACQUIRE))
             return table;
     }
 }
@@ -305,6 +308,14 @@ static void wake_debugger(void)
     }
 }
 
+/* Between two looks at memory that another processor is about to change. */
+static void relax(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
+
 static void sleep_on(struct trap *trap, struct vcpu *vcpu)
 {
     uint64_t count;
@@ -329,7 +340,7 @@ static bool wait_for_room(struct trap *trap, struct vcpu *vcpu)
     const uint32_t session = current_session();
     __atomic_store_n(&ring->waits, ring->waits + 1, __ATOMIC_RELAXED);
     while (is_alive(session)) {
-        __atomic_store_n(&ring->waiting, 1, __ATOMIC_SEQ_CST);
+        __atomic_store_n(&ring->waiting, VMEXIT_WAITS_FOR_ROOM, __ATOMIC_SEQ_CST);
         wake_debugger();
         if (has_room(vcpu))
             break;
@@ -390,6 +401,27 @@ static bool answer_is_sound(const struct vmexit_question *question)
     return (question->changed & ~WRITABLE) == 0 && question->skip <= 1 && question->halt <= 1;
 }
 
+static bool is_answered(const struct vcpu *vcpu, uint64_t sequence)
+{
+    return __atomic_load_n(&vcpu->ring->question.answered, __ATOMIC_ACQUIRE) == sequence + 1;
+}
+
+/* A short callback is over sooner than a thread is put to sleep and woken; only then the vCPU sleeps. The debugger writes its eventfd
+ * only where `waiting` says that it does. */
+static bool wait_for_answer(struct trap *trap, struct vcpu *vcpu, uint32_t session, uint64_t sequence)
+{
+    const uint64_t deadline = clock_now() + SPIN_NS;
+    while (!is_answered(vcpu, sequence) && clock_now() < deadline)
+        relax();
+    while (!is_answered(vcpu, sequence) && is_alive(session)) {
+        __atomic_store_n(&vcpu->ring->waiting, VMEXIT_WAITS_FOR_ANSWER, __ATOMIC_SEQ_CST);
+        if (!is_answered(vcpu, sequence))
+            sleep_on(trap, vcpu);
+    }
+    __atomic_store_n(&vcpu->ring->waiting, 0, __ATOMIC_RELAXED);
+    return is_answered(vcpu, sequence);
+}
+
 /* Stops the vCPU until the debugger has answered. An unsound answer, and a debugger that dies, change nothing. True: the debugger
  * wants the machine halted here. */
 static bool ask(struct trap *trap, struct vcpu *vcpu, const struct vmexit_event *event, struct progress *progress)
@@ -402,9 +434,7 @@ static bool ask(struct trap *trap, struct vcpu *vcpu, const struct vmexit_event 
     trap->door->get_asked(trap, question->registers);
     __atomic_store_n(&vcpu->asking, true, __ATOMIC_RELEASE);
     uint64_t sequence = publish(trap, vcpu, event, VMEXIT_ASK, progress->skip ? VMEXIT_SKIPPED : 0);
-    while (sequence != UINT64_MAX && is_alive(session) && __atomic_load_n(&question->answered, __ATOMIC_ACQUIRE) != sequence + 1)
-        sleep_on(trap, vcpu);
-    bool answered = sequence != UINT64_MAX && __atomic_load_n(&question->answered, __ATOMIC_ACQUIRE) == sequence + 1;
+    bool answered = sequence != UINT64_MAX && wait_for_answer(trap, vcpu, session, sequence);
     __atomic_store_n(&vcpu->asking, false, __ATOMIC_RELEASE);
     __atomic_store_n(&question->asked, 0, __ATOMIC_RELEASE);
     struct vmexit_question answer = *question;

@@ -272,6 +272,9 @@ static void *run(void *unused)
             (void)!read(server.wake, &count, sizeof count);
         if (fds[2].revents)
             listen_to_debugger();
+        /* One that is gone must not keep the next one out by what it still had to say. */
+        while (server.client >= 0 && fds[2].revents & POLLHUP)
+            listen_to_debugger();
         if (fds[0].revents)
             welcome();
         resume_orphan();

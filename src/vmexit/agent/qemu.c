@@ -23,7 +23,7 @@ static const struct {
 /* CPUX86State (target/i386/cpu.h) begins with the general registers, 16 or (QEMU 11, for APX) 32 of them, then come RIP and, in bytes
  * behind it, what a precise RFLAGS needs. */
 enum { ENV_CC_OP_BYTE = 40, ENV_DF_BYTE = 44 };
-unsigned qemu_env_rip;
+unsigned qemu_env_rip_index;
 enum { STATUS_FLAGS = 0x8d5, DIRECTION_FLAG = 0x400, LARGEST_CC_OP = 63 };
 
 static struct {
@@ -197,7 +197,7 @@ bool qemu_prove_env(unsigned vcpu, const uint64_t *candidate)
     unsigned index = candidate[16] == rip ? 16 : 32;
     if (rip == 0 || candidate[index] != rip)
         return false;
-    __atomic_store_n(&qemu_env_rip, index, __ATOMIC_RELAXED);
+    __atomic_store_n(&qemu_env_rip_index, index, __ATOMIC_RELAXED);
     __atomic_store_n(&qemu.env_offset, offset, __ATOMIC_RELEASE);
     return true;
 }
@@ -210,7 +210,7 @@ uint64_t qemu_read_rflags(unsigned vcpu)
     int32_t df;
     if (env == NULL || !cpu_cc_compute_all)
         return rflags;
-    const char *rip = (const char *)(env + qemu_env_rip);
+    const char *rip = (const char *)qemu_env_rip(env);
     memcpy(&cc_op, rip + ENV_CC_OP_BYTE, sizeof cc_op);
     memcpy(&df, rip + ENV_DF_BYTE, sizeof df);
     if ((df != 1 && df != -1) || cc_op > LARGEST_CC_OP)

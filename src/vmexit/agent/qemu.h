@@ -36,11 +36,16 @@ void qemu_poke_register(unsigned vcpu, unsigned number, uint64_t value);
 uint64_t qemu_read_rflags(unsigned vcpu);
 void qemu_write_rflags(unsigned vcpu, uint64_t value);
 
-/* Whether the vCPU's state (16 general registers in encoding order, and RIP at [qemu_env_rip]) is where `candidate` points; in a
- * callback, when it can be compared with what is read the slow way. From then on qemu_env gives the state, until then null. */
+/* Whether the vCPU's state, an array that begins with the general registers in encoding order, is where `candidate` points; in a
+ * callback, where it can be compared with what is read the slow way. From then on qemu_env gives the state, until then null. */
 bool qemu_prove_env(unsigned vcpu, const uint64_t *candidate);
 uint64_t *qemu_env(unsigned vcpu);
-extern unsigned qemu_env_rip;
+/* Where RIP is in that array. */
+extern unsigned qemu_env_rip_index;
+static inline const uint64_t *qemu_env_rip(const uint64_t *env)
+{
+    return env + __atomic_load_n(&qemu_env_rip_index, __ATOMIC_RELAXED);
+}
 
 bool qemu_access_memory(unsigned vcpu, bool physical, bool write, uint64_t address, void *bytes, uint32_t length);
 bool qemu_is_running(void);

@@ -165,9 +165,11 @@ static uint64_t read_register(unsigned vcpu, const struct place *place, unsigned
 static void get_asked(struct trap *trap, uint64_t *values)
 {
     const struct place *place = trap->place;
+    const uint64_t *env = qemu_env(trap->vcpu);
     make_precise(trap);
-    for (unsigned number = 0; number <= VMEXIT_RIP; number++)
-        values[number] = read_register(trap->vcpu, place, number);
+    for (unsigned number = 0; number < VMEXIT_RIP; number++)
+        values[number] = env ? env[number] : read_register(trap->vcpu, place, number);
+    values[VMEXIT_RIP] = env ? *qemu_env_rip(env) : read_register(trap->vcpu, place, VMEXIT_RIP);
     values[VMEXIT_RFLAGS] =
         place->return_address ? qemu_read_rflags(trap->vcpu) : qemu_peek_register(trap->vcpu, VMEXIT_RFLAGS);
 }
@@ -471,7 +473,7 @@ __attribute__((visibility("hidden"), used)) void tcg_before(unsigned index, uint
         return;
     if (site_check_privilege(site) && !is_privileged(index))
         return;
-    uint64_t rip = site_rip(site, env ? env[qemu_env_rip] : qemu_read_register(index, VMEXIT_RIP));
+    uint64_t rip = site_rip(site, env ? *qemu_env_rip(env) : qemu_read_register(index, VMEXIT_RIP));
     on_wanted(index, site, rip, (uintptr_t)__builtin_return_address(0));
 }
 

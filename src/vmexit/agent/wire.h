@@ -42,6 +42,10 @@
 #define VMEXIT_SKIPPED 1
 #define VMEXIT_INTERRUPTED 2
 
+/* vmexit_ring.waiting */
+#define VMEXIT_WAITS_FOR_ROOM 1
+#define VMEXIT_WAITS_FOR_ANSWER 2
+
 /* Registers, in the order of the instruction encoding; the first 18 are what a question (VMEXIT_ASK) carries. */
 #define VMEXIT_RAX 0
 #define VMEXIT_RCX 1
@@ -136,7 +140,7 @@ struct vmexit_ring {
     uint64_t agent_line[4];
     uint64_t tail; /* records read; the debugger's */
     uint64_t debugger_line[7];
-    uint64_t waiting; /* 1: the vCPU sleeps on its eventfd; the agent's */
+    uint64_t waiting; /* why the vCPU sleeps on its eventfd, or 0; the agent's */
     uint64_t waiting_line[7];
     struct vmexit_question question;
     uint64_t question_line[3];

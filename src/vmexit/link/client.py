@@ -19,6 +19,8 @@ _ANSWER_S = 10.0
 _HEADER = wire.size("message")
 _MOST = _HEADER + max(wire.MAX_TRANSFER, wire.REGISTERS * 8, wire.size("hello"))
 
+_RIGHTS = socket.SOL_SOCKET, socket.SCM_RIGHTS
+
 _MEANING = {
     Status.REFUSED: "the agent refused the request",
     Status.BUSY: "another debugger is attached to this machine",
@@ -68,6 +70,9 @@ class Link:
         memory_fd, wake_fd = fds
         try:
             self.rings = Rings(mmap.mmap(memory_fd, 0), wake_fd, hello.sequence)
+        except (OSError, ValueError) as error:
+            os.close(wake_fd)
+            raise LinkError(f"the agent's shared memory cannot be mapped: {error}") from None
         except BaseException:
             os.close(wake_fd)
             raise
@@ -89,6 +94,8 @@ class Link:
         return self._socket.fileno()
 
     def _send(self, kind: MessageType, vcpu: int, argument: int, address: int, payload: bytes) -> None:
+        if self.closed:
+            raise LinkError("the link is closed")
         self._serial += 1
         header = wire.pack(
             "message",
@@ -106,11 +113,14 @@ class Link:
             raise LinkError(f"the link to the agent is broken: {error.strerror}") from None
 
     def _read(self) -> tuple[bytes, list[int]]:
+        # socket.recv_fds does not heed its flags.
+        arguments = _MOST, socket.CMSG_LEN(2 * struct.calcsize("i")), socket.MSG_CMSG_CLOEXEC
         try:
-            data, fds, _, _ = socket.recv_fds(self._socket, _MOST, 2, socket.MSG_CMSG_CLOEXEC)
+            data, control, _, _ = self._socket.recvmsg(*arguments)
         except ConnectionResetError:
             # The agent closed the link before it had read everything; what it said before that comes only now.
-            data, fds, _, _ = socket.recv_fds(self._socket, _MOST, 2, socket.MSG_CMSG_CLOEXEC)
+            data, control, _, _ = self._socket.recvmsg(*arguments)
+        fds = [fd for level, kind, words in control if (level, kind) == _RIGHTS for (fd,) in struct.iter_unpack("i", words)]
         return data, fds
 
     def _receive(self, fds: list[int]) -> tuple[int, int, int, int, bytes]:
@@ -149,7 +159,7 @@ class Link:
             self._send(kind, vcpu, argument, address, payload)
         except LinkError:
             # An agent that is busy says so and hangs up, without waiting to be asked.
-            if not select.select([self._socket], [], [], 0)[0]:
+            if self.closed or not select.select([self._socket], [], [], 0)[0]:
                 raise
         deadline = time.monotonic() + _ANSWER_S
         while time.monotonic() < deadline:
@@ -202,14 +212,15 @@ class Link:
     def read_memory(self, vcpu: int, address: int, length: int, *, physical: bool = False) -> bytes:
         """Guest memory, by the page tables of that vCPU. Raises RequestError (UNREADABLE) if any of it is not mapped."""
         kind = MessageType.READ_PHYSICAL if physical else MessageType.READ_VIRTUAL
-        parts = [self._exchange(kind, vcpu, size, start) for start, size in _chunks(address, length)]
-        return b"".join(parts)
+        return b"".join(self._exchange(kind, vcpu, size, start) for start, size in _chunks(address, length))
 
     def write_memory(self, vcpu: int, address: int, data: bytes, *, physical: bool = False) -> None:
         """Changes guest memory, whatever protection its pages have. What lies before an unmapped page is written all the same."""
         kind = MessageType.WRITE_PHYSICAL if physical else MessageType.WRITE_VIRTUAL
+        done = 0
         for start, size in _chunks(address, len(data)):
-            self._exchange(kind, vcpu, 0, start, data[start - address : start - address + size])
+            self._exchange(kind, vcpu, 0, start, data[done : done + size])
+            done += size
 
     @contextlib.contextmanager
     def closing(self) -> Iterator["Link"]:

@@ -144,7 +144,7 @@ class Qemu:
             process = subprocess.Popen(
                 command,
                 stdin=stdin,
-                stdout=subprocess.PIPE if self._output else None,
+                stdout=subprocess.PIPE if self._output is not None else None,
                 stderr=subprocess.PIPE,
                 pass_fds=(link_fd, qmp_fd),
                 # The terminal's Ctrl-C is for the debugger, not for the machine.
@@ -153,7 +153,7 @@ class Qemu:
         except OSError as error:
             raise TargetError(f"{binary} cannot be started: {error.strerror}") from None
         self._pidfd = os.pidfd_open(process.pid)
-        if self._output and process.stdout:
+        if self._output is not None and process.stdout:
             output = self._output
             self._readers.append(OutputReader(process.stdout, lambda data: output("stdout", data)))
         if process.stderr:
@@ -165,7 +165,7 @@ class Qemu:
             if self._starting:
                 self._errors.append(data)
                 return
-        if self._output:
+        if self._output is not None:
             self._output("stderr", data)
         else:
             with contextlib.suppress(OSError):

@@ -1,0 +1,184 @@
+"""The ``vmexit`` command: run, demo, doctor."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from vmexit.errors import UsageError, VmexitError
+
+if TYPE_CHECKING:
+    from vmexit.console.run import GivenCommand
+
+USAGE_STATUS = 2
+FAILED_STATUS = 1
+INTERRUPTED_STATUS = 130
+BROKEN_PIPE_STATUS = 141
+
+_DEFAULT_QEMU = "qemu-system-x86_64"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+class _Given(argparse.Action):
+    """Keeps -x and --script in the order in which they were given."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        namespace.given = [*(namespace.given or []), (self.dest, values)]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="vmexit",
+        description="Traps the MSR accesses of a whole x86 guest: see them, stop on them, change them or block them.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="store_true", help="show the version and leave")
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", parser_class=_Parser)
+
+    run = actions.add_parser(
+        "run",
+        help="start a guest in QEMU and debug it",
+        usage="vmexit run [options] -- QEMU ARGUMENTS",
+        description="Starts QEMU with these arguments and the agent in it. The machine is halted before its first instruction.",
+        epilog="With commands (-x, --script) or --batch the guest then starts by itself, unless QEMU's -S is among its "
+        "arguments. Without --batch the console opens.",
+        allow_abbrev=False,
+    )
+    run.set_defaults(given=None)
+    run.add_argument("-x", dest="x", action=_Given, metavar="COMMAND", help="carry out a command first; can be repeated")
+    run.add_argument("--script", dest="script", action=_Given, metavar="FILE", help="carry out the commands of a file first")
+    run.add_argument("--batch", action="store_true", help="no console: print everything, never wait, leave when the guest does")
+    run.add_argument("--qemu", metavar="PATH", default=_DEFAULT_QEMU, help=f"the QEMU to start (default: {_DEFAULT_QEMU})")
+
+    demo = actions.add_parser("demo", help="boot a real Linux kernel and trap its MSR writes", allow_abbrev=False)
+    demo.add_argument("--kernel", metavar="PATH", type=Path, help="a kernel image (bzImage) to boot instead of Debian's")
+
+    doctor = actions.add_parser(
+        "doctor", help="look at what this machine can do, and what to install for the rest", allow_abbrev=False
+    )
+    doctor.add_argument("--qemu", metavar="PATH", help="the QEMU to look at")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Does what the command line says; gives the exit status."""
+    _occupy_standard_descriptors()
+    try:
+        return _main(list(sys.argv[1:] if argv is None else argv))
+    except UsageError as error:
+        return _failed(error, USAGE_STATUS)
+    except VmexitError as error:
+        return _failed(error, FAILED_STATUS)
+    except KeyboardInterrupt:
+        return INTERRUPTED_STATUS
+    except BrokenPipeError:
+        return _broken_pipe()
+    except SystemExit as error:
+        # argparse's own, after --help; or a signal's.
+        return error.code if isinstance(error.code, int) else 0
+    except Exception as error:
+        return _failed(_unexpected(error), FAILED_STATUS)
+
+
+def _main(argv: list[str]) -> int:
+    split = argv.index("--") if "--" in argv else len(argv)
+    options, has_rest = argv[:split], split < len(argv)
+    parsed, unknown = _parser().parse_known_args(options)
+    if unknown:
+        hint = "; QEMU's own arguments come behind --" if parsed.action == "run" else ""
+        raise UsageError(f"unrecognized: {' '.join(unknown)}{hint} (see vmexit --help)")
+    if parsed.version:
+        from importlib.metadata import version
+
+        print(f"vmexit {version('vmexit')}")
+        return 0
+    if has_rest and parsed.action != "run":
+        raise UsageError("only 'vmexit run' takes arguments behind --")
+    match parsed.action:
+        case "run":
+            if not has_rest:
+                raise UsageError("QEMU's arguments are missing: vmexit run [options] -- QEMU ARGUMENTS")
+            return _run(parsed, argv[split + 1 :])
+        case "demo":
+            from vmexit import demo
+
+            return demo.run(parsed.kernel)
+        case "doctor":
+            from vmexit.setup import doctor
+
+            results = doctor.checks(parsed.qemu)
+            print(doctor.render(results), flush=True)
+            return FAILED_STATUS if any(check.ok is False for check in results) else 0
+        case _:
+            raise UsageError("what to do? run, demo or doctor (see vmexit --help)")
+
+
+def _run(parsed: argparse.Namespace, arguments: list[str]) -> int:
+    from vmexit.console.run import Options, run
+    from vmexit.console.screen import OutputGoneError
+
+    commands = [command for kind, value in parsed.given or [] for command in _given(kind, value)]
+    try:
+        return run(Options(arguments, commands, parsed.batch, parsed.qemu))
+    except OutputGoneError as gone:
+        if isinstance(gone.error, BrokenPipeError):
+            return _broken_pipe()
+        raise VmexitError(f"standard output: {gone.error.strerror}") from None
+
+
+def _given(kind: str, value: str) -> list[GivenCommand]:
+    """The commands of one -x or --script."""
+    from vmexit.console.run import GivenCommand
+    from vmexit.console.tokens import commands_of
+
+    if kind == "x":
+        return [GivenCommand(text, "-x") for _, text in commands_of(value.split("\n"))]
+    try:
+        text = Path(value).read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UsageError(f"--script {value}: {error.strerror}") from None
+    return [GivenCommand(command, value, line) for line, command in commands_of(text.split("\n"))]
+
+
+def _failed(error: VmexitError, status: int) -> int:
+    with contextlib.suppress(OSError):
+        print(f"vmexit: {error}", file=sys.stderr, flush=True)
+    return status
+
+
+def _unexpected(error: Exception) -> VmexitError:
+    """A mistake of ours, in one line with the place where it came out."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    place = f" ({Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno})" if trace else ""
+    return VmexitError(f"internal error: {type(error).__name__}: {error}{place}")
+
+
+def _broken_pipe() -> int:
+    # Python writes out what it still has for standard output when it ends; nobody wants it.
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return BROKEN_PIPE_STATUS
+
+
+def _occupy_standard_descriptors() -> None:
+    """Where one of the three is closed, a socket of ours would get its number, and the output would go into it."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)

@@ -1,0 +1,208 @@
+"""The options that all commands share which make an event, as HyperDbg has them, and our own ``log``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from vmexit.commands.command import Arguments, did_you_mean, one_of
+from vmexit.commands.session import Session
+from vmexit.console.tokens import Token, TokenKind
+from vmexit.errors import CommandError
+from vmexit.events.event import Event, EventError
+from vmexit.link.wire import Action, Stage
+
+_STAGES = {"pre": Stage.PRE, "post": Stage.POST, "all": Stage.ALL}
+_CHOICES = {"imm": ("yes", "no"), "sc": ("on", "off"), "stage": tuple(_STAGES)}
+_NUMBERS = {"core": "core number", "pid": "process ID", "buffer": "buffer size in bytes"}
+_BLOCKS = ("script", "condition", "code", "output")
+_MOST_OUTPUTS = 5
+
+_CODE = re.compile(r"(?:0x|\\x|x)?((?:[0-9a-f]|\\x|\s)*)", re.IGNORECASE)
+
+OFFERED = ("core", "imm", "log", "pid", "sc", "stage")
+"""Those that can be used yet."""
+ALL = (*_CHOICES, *_NUMBERS, *_BLOCKS, "asm", "log")
+
+USAGE = "[core CORE] [imm yes|no] [sc on|off] [stage pre|post|all] [pid all] [log]"
+PARAMETERS = (
+    ("core CORE", "Only this vCPU, counted from 0; else all of them."),
+    (
+        "imm yes|no",
+        "'no' lets printed traps be gathered and shown a moment later, which costs the guest less. A break stays as it is.",
+    ),
+    (
+        "sc on|off",
+        "'on' short-circuits: the instruction is not executed, the guest goes on behind it. Only in stage pre. Of several "
+        "events the last one decides.",
+    ),
+    (
+        "stage pre|post|all",
+        "Before the instruction (pre, unless said otherwise), after it (post), or both. What was short-circuited or has faulted "
+        "has no stage post.",
+    ),
+    ("pid all", "Every process; to name one is not yet available."),
+    ("log", "Prints each trap and goes on. Without it the machine is halted at each."),
+    (
+        "buffer N, script { }, condition { }, code { }, output { }",
+        "HyperDbg's; their values are checked, but they are not yet available.",
+    ),
+)
+
+
+@dataclass
+class EventOptions:
+    """What the options of a command line say."""
+
+    core: int | None = None
+    immediate: bool = True
+    short_circuit: bool = False
+    stage: Stage = Stage.PRE
+    action: Action = Action.BREAK
+    rest: list[Token] = field(default_factory=list)
+    """The tokens that are no option."""
+    places: dict[str, tuple[Token, Token]] = field(default_factory=dict)
+    """The first and last token of each option."""
+    unavailable: CommandError | None = None
+    """The first option that is well-formed but cannot be used yet."""
+
+
+def parse(arguments: Arguments) -> EventOptions:
+    """Reads the options, in any order; of one that is repeated the last one counts.
+
+    Raises CommandError for a value that is missing or wrong. What is no option is left to the command, and so is ``unavailable``:
+    to be raised once all else is known to be right.
+    """
+    return _Parser(arguments).run()
+
+
+class _Parser:
+    """A walk along the arguments."""
+
+    def __init__(self, arguments: Arguments) -> None:
+        self._arguments = arguments
+        self._left = list(arguments.tokens)
+        self._found = EventOptions()
+
+    def run(self) -> EventOptions:
+        while self._left:
+            token = self._left.pop(0)
+            word = token.lower
+            if token.kind is TokenKind.BLOCK:
+                hint = f"before them stands {one_of(_BLOCKS)}"
+                raise self._arguments.error("these braces belong to no option", token, hint=hint)
+            if word in _BLOCKS:
+                self._block(token)
+            elif word in _CHOICES or word in _NUMBERS:
+                self._value(token)
+            elif word == "asm":
+                self._asm(token)
+            elif word == "log":
+                self._found.places["log"] = (token, token)
+                self._found.action = Action.RECORD
+            else:
+                self._found.rest.append(token)
+        return self._found
+
+    def _value(self, keyword: Token) -> None:
+        option = keyword.lower
+        if not self._left:
+            values = "|".join(_CHOICES.get(option, ("NUMBER",)))
+            raise self._arguments.missing(f"a value for '{option}' is missing", f"{option} {values}")
+        value = self._left.pop(0)
+        self._found.places[option] = (keyword, value)
+        match option:
+            case "imm":
+                self._found.immediate = self._choice(option, value) == "yes"
+            case "sc":
+                self._found.short_circuit = self._choice(option, value) == "on"
+            case "stage":
+                self._found.stage = _STAGES[self._choice(option, value)]
+            case "pid" if value.lower == "all":
+                pass
+            case _:
+                number = self._arguments.number(value, _NUMBERS[option])
+                if option == "core":
+                    self._found.core = number
+                else:
+                    self._refuse(f"'{option}' is not yet available", keyword, value)
+
+    def _choice(self, option: str, value: Token) -> str:
+        return self._arguments.choice(value, _CHOICES[option], f"value of '{option}'")
+
+    def _block(self, keyword: Token) -> None:
+        option = keyword.lower
+        # As in HyperDbg, other options may stand between the keyword and its braces.
+        place = next((i for i, token in enumerate(self._left) if token.kind is TokenKind.BLOCK), None)
+        if place is None:
+            raise self._arguments.error(f"'{option}' needs something in braces behind it", keyword, hint=f"{option} {{ ... }}")
+        block = self._left.pop(place)
+        if not block.text.strip():
+            raise self._arguments.error(f"the braces of '{option}' are empty", block)
+        if option == "output":
+            self._check_output(block)
+        elif option != "script" and "asm" not in self._found.places:
+            self._check_code(block)
+        self._refuse(f"'{option}' is not yet available", keyword, block if place == 0 else keyword)
+
+    def _check_code(self, block: Token) -> None:
+        match = _CODE.fullmatch(block.text.strip())
+        if match is None:
+            raise self._arguments.error(
+                "machine code is written as hexadecimal digits",
+                block,
+                hint="'asm' before 'code' or 'condition' makes it assembly",
+            )
+
+    def _check_output(self, block: Token) -> None:
+        names = [name.strip() for name in block.text.split(",")]
+        if not all(names):
+            raise self._arguments.error("a name is missing between the commas", block)
+        if len(names) > _MOST_OUTPUTS:
+            raise self._arguments.error(f"an event has {_MOST_OUTPUTS} outputs at most, not {len(names)}", block)
+
+    def _asm(self, keyword: Token) -> None:
+        if not any(token.lower in ("code", "condition") for token in self._left):
+            raise self._arguments.error("'asm' stands before 'code' or 'condition'", keyword)
+        self._found.places["asm"] = (keyword, keyword)
+        self._refuse("'asm' is not yet available", keyword, keyword)
+
+    def _refuse(self, message: str, first: Token, last: Token) -> None:
+        if self._found.unavailable is None:
+            self._found.unavailable = self._arguments.error(message, first, until=last)
+
+
+def unknown(arguments: Arguments, token: Token, what: str) -> CommandError:
+    """The error for a word that is neither an option nor ``what`` the command takes besides."""
+    return arguments.error(f"'{token.text}' is neither {what} nor an option", token, hint=did_you_mean(token.lower, ALL))
+
+
+def make(session: Session, arguments: Arguments, options: EventOptions, event: Event) -> Event:
+    """Hands the event to the debugger. Raises CommandError, at the option that is to blame, where it is refused."""
+    try:
+        return session.debugger.add(event)
+    except EventError as error:
+        first, last = options.places.get(error.option, (arguments.command, arguments.command))
+        raise arguments.error(str(error), first, until=last) from None
+
+
+def complete(session: Session, before: Sequence[str]) -> Iterable[str]:
+    """What can follow these arguments."""
+    last = before[-1] if before else ""
+    if last in _CHOICES:
+        return _CHOICES[last]
+    if last == "core":
+        return [f"{core:x}" for core in range(session.debugger.target.vcpus)]
+    if last == "pid":
+        return ["all"]
+    return [option for option in OFFERED if option not in before]
+
+
+def description(options: EventOptions) -> str:
+    """How the options read in a sentence: "stage pre, all cores"."""
+    stage = next(name for name, stage in _STAGES.items() if stage == options.stage)
+    parts = [f"stage {stage}", "all cores" if options.core is None else f"core {options.core:x}"]
+    if options.short_circuit:
+        parts.append("short-circuited")
+    return ", ".join(parts)

@@ -1,0 +1,117 @@
+"""``!msrwrite`` and ``!msrread``: make an event of the guest's WRMSR or RDMSR instructions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import ClassVar
+
+from vmexit.commands import event_options
+from vmexit.commands.command import Arguments, Command, Info
+from vmexit.commands.session import Session
+from vmexit.events.event import Event
+from vmexit.events.msrs import LAST_MSR, UNNAMED_READS, UNNAMED_WRITES, MsrSet
+from vmexit.link.wire import Access, Action
+
+
+class _MsrCommand(Command):
+    """What both have in common."""
+
+    _ACCESS: ClassVar[Access]
+    _UNNAMED: ClassVar[tuple[int, ...]]
+
+    def run(self, session: Session, arguments: Arguments) -> None:
+        options = event_options.parse(arguments)
+        msrs = self._msrs(arguments, options)
+        if options.unavailable is not None:
+            raise options.unavailable
+        event = Event(
+            access=self._ACCESS,
+            msrs=msrs,
+            stage=options.stage,
+            core=options.core,
+            action=options.action,
+            short_circuit=options.short_circuit,
+            immediate=options.immediate,
+            text=arguments.line.strip(),
+        )
+        event_options.make(session, arguments, options, event)
+        session.emit(self._success(event, options))
+
+    def _msrs(self, arguments: Arguments, options: event_options.EventOptions) -> MsrSet:
+        msr: int | None = None
+        for token in options.rest:
+            if token.kind is not token.kind.NUMBER:
+                raise event_options.unknown(arguments, token, "an MSR's number")
+            if msr is not None:
+                raise arguments.error(
+                    "one command traps one MSR", token, hint="make another event for this one, or name none to trap all"
+                )
+            msr = arguments.number(token, "MSR's number", LAST_MSR)
+        return MsrSet.all_but(self._UNNAMED) if msr is None else MsrSet.of(msr)
+
+    def _success(self, event: Event, options: event_options.EventOptions) -> str:
+        instruction = (self._ACCESS.name or "").lower()
+        left_out = event.msrs.left_out
+        verb = "prints" if event.action == Action.RECORD else "breaks at"
+        text = f"event {event.number:x} {verb} each {instruction} of {'every MSR' if left_out else str(event.msrs)}"
+        text += f" ({event_options.description(options)})"
+        if left_out:
+            text += f"\nleft out, unless an event names them: {' '.join(f'{msr:x}' for msr in left_out)}"
+        return text
+
+    def complete(self, session: Session, before: Sequence[str]) -> Iterable[str]:
+        return event_options.complete(session, before)
+
+
+_MSR = ("MSR", "The only MSR that is trapped; without it every MSR except those that are {verb} all the time: {unnamed}.")
+
+
+def _parameters(verb: str, unnamed: tuple[int, ...]) -> tuple[tuple[str, str], ...]:
+    name, text = _MSR
+    return (
+        (name, text.format(verb=verb, unnamed=", ".join(f"{msr:x}" for msr in unnamed))),
+        *event_options.PARAMETERS,
+    )
+
+
+class MsrWrite(_MsrCommand):
+    """Traps WRMSR."""
+
+    _ACCESS = Access.WRMSR
+    _UNNAMED = UNNAMED_WRITES
+    INFO = Info(
+        names=("!msrwrite",),
+        usage=(f"!msrwrite [MSR] {event_options.USAGE}",),
+        summary="trap the guest's writes to MSRs",
+        text="""Makes an event that is triggered whenever the guest executes WRMSR. It holds from the next instruction on.
+
+In stage pre, ECX (the MSR) and EDX:EAX (the value) can be changed with 'r', and the changed write is what happens; 'events sc on'
+skips it. In stage post the write has been done.""",
+        parameters=_parameters("written", UNNAMED_WRITES),
+        examples=(
+            ("!msrwrite c0000082", "halts the machine before each write to IA32_LSTAR"),
+            ("!msrwrite log imm no", "prints the writes to all MSRs"),
+            ("!msrwrite 1a0 core 1 sc on log", "ignores what core 1 writes to IA32_MISC_ENABLE, and prints it"),
+        ),
+    )
+
+
+class MsrRead(_MsrCommand):
+    """Traps RDMSR."""
+
+    _ACCESS = Access.RDMSR
+    _UNNAMED = UNNAMED_READS
+    INFO = Info(
+        names=("!msrread",),
+        usage=(f"!msrread [MSR] {event_options.USAGE}",),
+        summary="trap the guest's reads of MSRs",
+        text="""Makes an event that is triggered whenever the guest executes RDMSR. It holds from the next instruction on.
+
+In stage pre, ECX (the MSR) can be changed with 'r'; there is no value yet. In stage post, EDX:EAX holds what was read and can be
+changed. A read that is short-circuited leaves EDX:EAX as they are.""",
+        parameters=_parameters("read", UNNAMED_READS),
+        examples=(
+            ("!msrread c0000080 stage post", "halts the machine after each read of IA32_EFER"),
+            ("!msrread log stage post", "prints what is read of all MSRs"),
+        ),
+    )

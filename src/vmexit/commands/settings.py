@@ -1,0 +1,79 @@
+"""``settings``: show and change preferences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from vmexit.commands.command import Arguments, Command, Info
+from vmexit.commands.session import Session
+from vmexit.debugger import Overflow
+from vmexit.guest.disassembly import Syntax
+
+
+@dataclass(frozen=True, slots=True)
+class _Setting:
+    meaning: str
+    values: tuple[str, ...]
+    get: Callable[[Session], str]
+    put: Callable[[Session, str], None]
+
+
+def _put_overflow(session: Session, value: str) -> None:
+    session.debugger.set_overflow(Overflow(value))
+
+
+def _put_syntax(session: Session, value: str) -> None:
+    session.settings.syntax = Syntax(value)
+
+
+_SETTINGS: Mapping[str, _Setting] = {
+    "overflow": _Setting(
+        "what a vCPU does when traps come faster than they can be shown: wait, or drop them (they are counted)",
+        tuple(value.value for value in Overflow),
+        lambda session: session.debugger.overflow.value,
+        _put_overflow,
+    ),
+    "syntax": _Setting(
+        "how instructions are written",
+        tuple(value.value for value in Syntax),
+        lambda session: session.settings.syntax.value,
+        _put_syntax,
+    ),
+}
+
+
+class ChangeSettings(Command):
+    """Shows and changes preferences."""
+
+    INFO = Info(
+        names=("settings",),
+        usage=("settings", "settings NAME", "settings NAME VALUE"),
+        summary="show or change preferences",
+        text="Shows all settings or one of them, or changes one for the rest of the session.",
+        parameters=tuple(
+            (f"{name} {'|'.join(setting.values)}", f"{setting.meaning}.".capitalize()) for name, setting in _SETTINGS.items()
+        ),
+        examples=(("settings syntax att", "AT&T's way of writing instructions"),),
+    )
+
+    def run(self, session: Session, arguments: Arguments) -> None:
+        arguments.at_most(2)
+        if not arguments.tokens:
+            session.emit("\n".join(_line(session, name) for name in _SETTINGS))
+            return
+        name = arguments.choice(arguments.tokens[0], tuple(_SETTINGS), "setting")
+        setting = _SETTINGS[name]
+        if len(arguments.tokens) == 2:
+            setting.put(session, arguments.choice(arguments.tokens[1], setting.values, f"value of '{name}'"))
+        session.emit(_line(session, name))
+
+    def complete(self, session: Session, before: Sequence[str]) -> Iterable[str]:
+        if not before:
+            return _SETTINGS
+        return _SETTINGS[before[0]].values if len(before) == 1 and before[0] in _SETTINGS else ()
+
+
+def _line(session: Session, name: str) -> str:
+    setting = _SETTINGS[name]
+    return f"{name:<9} {setting.get(session):<6} ({'|'.join(setting.values)}) {setting.meaning}"

@@ -1,0 +1,243 @@
+"""How traps, stops and sums are shown."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+
+from vmexit.commands.layout import address_text, code_place, instruction_at, instruction_text
+from vmexit.debugger import Debugger, Stop, StopReason
+from vmexit.errors import VmexitError
+from vmexit.events.table import EventTable
+from vmexit.guest.disassembly import Syntax
+from vmexit.link.rings import Records
+from vmexit.link.wire import Access, RecordFlag, Stage
+from vmexit.recording import MsrSummary
+from vmexit.targets.base import Notice, NoticeKind
+from vmexit.trap import Trap, traps_of
+
+_DIM, _BOLD, _YELLOW, _RED, _PLAIN = "\033[2m", "\033[1m", "\033[33m", "\033[31m", "\033[0m"
+
+_Bytes = npt.NDArray[np.uint8]
+
+_STAGES = {Stage.PRE: "pre", Stage.POST: "post"}
+_ACCESSES = {Access.WRMSR: "wrmsr", Access.RDMSR: "rdmsr"}
+_WHAT = {(stage, access): f"{_STAGES[stage]:<4}  {_ACCESSES[access]}" for stage in _STAGES for access in _ACCESSES}
+_NO_VALUE = f"{'-':<16}"
+_SHORT_CIRCUITED = "  short-circuited"
+_SECONDS = 5
+"""Digits of the time before its point, at least."""
+_CORE = 4
+"""Columns of the core's number, which has up to four hexadecimal digits."""
+_FEW = 50
+"""Records that are sooner formatted one by one than all at once."""
+
+
+def _table(texts: Iterable[str]) -> _Bytes:
+    """Texts of the same length as rows of bytes."""
+    return np.array([list(text.encode("ascii")) for text in texts], np.uint8)
+
+
+_HEX = _table(f"{byte:02x}" for byte in range(256))
+_DECIMALS = _table(f"{number:03}" for number in range(1000))
+
+
+def _hex(values: npt.NDArray[np.unsignedinteger], size: int) -> _Bytes:
+    """The values of ``size`` bytes each in hexadecimal, all digits."""
+    in_bytes = values.astype(f">u{size}").view(np.uint8).reshape(len(values), size)
+    return _HEX[in_bytes].reshape(len(values), 2 * size)
+
+
+class Columns:
+    """Traps as lines of fixed columns: time in seconds, core, stage, instruction, MSR, value, RIP, and whether it was skipped."""
+
+    def __init__(self, started_ns: int | None = None, *, colour: bool = False) -> None:
+        """``started_ns``: what time is counted from (Trap.time_ns); None: from the first trap."""
+        self._started_ns = started_ns
+        self._dim, self._mark, self._plain = (_DIM, _YELLOW, _PLAIN) if colour else ("", "", "")
+
+    def heading(self) -> str:
+        """What stands above the columns."""
+        return f"{'seconds':>{_SECONDS + 7}}  {'core':<{_CORE}}  {'stage':<5} {'':<5}  {'MSR':<8}  {'value':<16}  RIP"
+
+    def line(self, trap: Trap) -> str:
+        """One trap; no newline at the end."""
+        microseconds = max(0, trap.time_ns - self._start(trap.time_ns)) // 1000
+        time = f"{microseconds // 1_000_000:{_SECONDS}}.{microseconds % 1_000_000:06}"
+        what = _WHAT[trap.stage, trap.access]
+        mark = f"{self._mark}{_SHORT_CIRCUITED}{self._plain}" if trap.skipped else ""
+        time = f"{self._dim}{time}{self._plain}"
+        return f"{time}  {trap.core:<{_CORE}x}  {what}  {trap.msr:08x}  {value_text(trap)}  {trap.rip:016x}{mark}"
+
+    def lines(self, records: Records) -> str:
+        """All of them, each with a newline at the end; some hundred nanoseconds a line."""
+        count = len(records)
+        if count < _FEW:
+            return "".join(f"{self.line(trap)}\n" for trap in traps_of(records))
+        skipped = (records["flags"] & RecordFlag.SKIPPED) != 0
+        cores, core_of = np.unique(records["vcpu"], return_inverse=True)
+        whats = list(_WHAT)
+        what_of = (records["stage"].astype(np.intp) - 1) * 2 + records["access"].astype(np.intp) - 1
+        values = _hex(records["value"], 8)
+        values[what_of == whats.index((Stage.PRE, Access.RDMSR))] = _table([_NO_VALUE])
+        parts: list[str | _Bytes] = [
+            self._dim,
+            self._times(records["time_ns"]),
+            f"{self._plain}  ",
+            _table(f"{core:<{_CORE}x}" for core in cores.tolist())[core_of],
+            "  ",
+            _table(_WHAT.values())[what_of],
+            "  ",
+            _hex(records["msr"], 4),
+            "  ",
+            values,
+            "  ",
+            _hex(records["rip"], 8),
+        ]
+        if skipped.any():
+            mark = _table([f"{self._mark}{_SHORT_CIRCUITED}{self._plain}"])
+            parts.append(np.where(skipped[:, np.newaxis], mark, np.uint8(0)))
+        parts.append("\n")
+        columns = [
+            np.broadcast_to(_table([part]), (count, len(part))) if isinstance(part, str) else part for part in parts if len(part)
+        ]
+        text = np.concatenate(columns, axis=1).tobytes()
+        # A line without the mark ends early.
+        return (text.translate(None, b"\0") if skipped.any() else text).decode("ascii")
+
+    def _start(self, first_ns: int) -> int:
+        if self._started_ns is None:
+            self._started_ns = first_ns
+        return self._started_ns
+
+    def _times(self, times_ns: npt.NDArray[np.uint64]) -> _Bytes:
+        start = self._start(int(times_ns[0]))
+        microseconds = np.maximum(times_ns, np.uint64(start)) - np.uint64(start)
+        microseconds //= np.uint64(1000)
+        seconds, fraction = np.divmod(microseconds, np.uint64(1_000_000))
+        width = max(_SECONDS, len(str(int(seconds.max()))))
+        whole = np.empty((len(seconds), width), np.uint8)
+        for place in range(width):
+            power = np.uint64(10 ** (width - 1 - place))
+            digit = seconds // power
+            shown = (digit > 0) | (power == 1)
+            whole[:, place] = np.where(shown, digit % np.uint64(10) + np.uint64(ord("0")), np.uint64(ord(" ")))
+        point = np.full((len(seconds), 1), ord("."), np.uint8)
+        thousands, units = np.divmod(fraction.astype(np.intp), 1000)
+        return np.concatenate((whole, point, _DECIMALS[thousands], _DECIMALS[units]), axis=1)
+
+
+def value_text(trap: Trap) -> str:
+    """EDX:EAX, unless it is what a read is about to replace."""
+    return _NO_VALUE if trap.access == Access.RDMSR and trap.stage == Stage.PRE else f"{trap.value:016x}"
+
+
+def stop_text(debugger: Debugger, stop: Stop, syntax: Syntax, *, colour: bool = False) -> str:
+    """Why the machine does not run any more and where it stands; called while it is halted at that stop."""
+    bold, plain = (_BOLD, _PLAIN) if colour else ("", "")
+    if stop.trap is not None:
+        return f"{bold}{_break_heading(stop.trap)}{plain}\n{_break_place(debugger, stop.trap, syntax)}"
+    if stop.reason is StopReason.ENDED:
+        return f"{bold}{exit_text(stop.exit_status)}{plain}"
+    if stop.reason is StopReason.PAUSED:
+        heading = f"{bold}halted, core {debugger.core:x}{plain}"
+        try:
+            return f"{heading}\n{_rip_line(debugger, syntax)}"
+        except VmexitError:
+            return heading
+    return f"{bold}halted: {stop.reason.value}{plain}"
+
+
+def _break_heading(trap: Trap) -> str:
+    mark = ", short-circuited" if trap.skipped else ""
+    return (
+        f"event {trap.event:x} triggered ({_STAGES[trap.stage]}) on core {trap.core:x}: "
+        f"{_ACCESSES[trap.access]}, MSR {trap.msr:x}, value {value_text(trap).strip()}{mark}"
+    )
+
+
+def _break_place(debugger: Debugger, trap: Trap, syntax: Syntax) -> str:
+    """The trapped instruction and, where that is another place, the one that comes next."""
+    try:
+        _, mode = code_place(debugger.registers(trap.core))
+        instruction = instruction_at(debugger, trap.rip, mode, syntax)
+        text = instruction_text(instruction) if instruction else address_text(trap.rip)
+        if trap.stage == Stage.PRE:
+            return f"RIP   {text}"
+        after = (
+            "an interrupt came first; RIP is at its handler"
+            if trap.flags & RecordFlag.INTERRUPTED
+            else "the guest goes on at RIP"
+        )
+        return f"done  {text}\n{_rip_line(debugger, syntax)}   <- {after}"
+    except VmexitError:  # somebody has let it run on
+        return f"{'RIP ' if trap.stage == Stage.PRE else 'done'}  {address_text(trap.rip)}"
+
+
+def _rip_line(debugger: Debugger, syntax: Syntax) -> str:
+    address, mode = code_place(debugger.registers())
+    instruction = instruction_at(debugger, address, mode, syntax)
+    return f"RIP   {instruction_text(instruction) if instruction else address_text(address)}"
+
+
+def exit_text(status: int | None) -> str:
+    """How QEMU ended."""
+    if status is None:
+        return "QEMU has ended"
+    if status >= 0:
+        return f"QEMU ended with status {status}"
+    try:
+        name = f" ({signal.Signals(-status).name})"
+    except ValueError:
+        name = ""
+    return f"QEMU was ended by signal {-status}{name}"
+
+
+_NOTICES = {
+    NoticeKind.RESET: "the machine was reset",
+    NoticeKind.SHUTDOWN: "the guest has shut down",
+    NoticeKind.PANICKED: "the guest has panicked",
+}
+
+
+def notice_text(notice: Notice) -> str:
+    """What the machine told of itself."""
+    text = _NOTICES.get(notice.kind, notice.kind.name.lower())
+    return f"{text} ({notice.detail})" if notice.detail else text
+
+
+def error_text(error: VmexitError, place: str = "", *, colour: bool = False) -> str:
+    """What is wrong and, for a command, where in it; ``place`` stands before it: "boot.hds:3"."""
+    render = getattr(error, "render", None)
+    text: str = render() if render else str(error)
+    if place:
+        text = f"{place}: {text}"
+    if not colour:
+        return text
+    first, newline, rest = text.partition("\n")
+    return f"{_RED}{first}{_PLAIN}{newline}{rest}"
+
+
+def summary_table(rows: Iterable[MsrSummary], events: EventTable) -> str:
+    """A row for each event and MSR: how often, by which cores, first and last value. One event is not named."""
+    first = 0 if len(events) > 1 else 1
+    table = [("event", "MSR", "", "stage", "count", "cores", "first value", "last value")[first:]]
+    for row in rows:
+        cores = " ".join(f"{core:x}" for core in sorted(row.cores))
+        read_later = row.access == Access.RDMSR and row.stage == Stage.PRE
+        values = ("-", "-") if read_later else (f"{row.first:016x}", f"{row.last:016x}")
+        named = (f"{row.event:x}", f"{row.msr:x}", _ACCESSES[row.access], _STAGES[row.stage], f"{row.count:,}", cores, *values)
+        table.append(named[first:])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    right = {"MSR", "count"}
+    names = table[0]
+    return "\n".join(
+        "  ".join(
+            text.rjust(width) if name in right else text.ljust(width)
+            for text, width, name in zip(row, widths, names, strict=True)
+        ).rstrip()
+        for row in table
+    )

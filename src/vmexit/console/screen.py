@@ -1,0 +1,85 @@
+"""Where everything is shown: standard output and standard error, whole lines at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import sys
+import threading
+
+
+class OutputGoneError(Exception):
+    """Standard output cannot be written to any more; ``error`` says why."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class Screen:
+    """Standard output and error. Thread-safe; what one call writes is not torn apart by another."""
+
+    def __init__(self, out: int = 1, err: int = 2) -> None:
+        """``out`` and ``err``: file descriptors."""
+        self._out, self._err = out, err
+        self.is_terminal = os.isatty(out)
+        self.colour = self.is_terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        self._lock = threading.Lock()
+        self._line_is_open = False  # the guest has written something that is not a whole line yet
+        self._failure: OSError | None = None
+
+    def write(self, text: str) -> None:
+        """Shows lines; a newline at their end is added where it is missing. Raises OutputGoneError."""
+        self._deliver(self._out, text if text.endswith("\n") else f"{text}\n")
+        self.check()
+
+    def ask(self, text: str) -> None:
+        """Shows the beginning of a line that a person goes on with."""
+        with self._lock:
+            self._put(self._out, text.encode())
+
+    def error(self, text: str) -> None:
+        """Shows lines on standard error."""
+        self._deliver(self._err, f"{text}\n")
+
+    def guest(self, stream: str, data: bytes) -> None:
+        """Hands on what the machine has written to its "stdout" or "stderr"."""
+        with self._lock:
+            self._put(self._err if stream == "stderr" else self._out, data)
+            self._line_is_open = not data.endswith(b"\n")
+
+    def clear(self) -> None:
+        """Clears a terminal."""
+        if self.is_terminal:
+            with self._lock:
+                self._put(self._out, b"\033[H\033[2J\033[3J")
+
+    def check(self) -> None:
+        """Raises OutputGoneError if something could not be written."""
+        if self._failure is not None:
+            raise OutputGoneError(self._failure)
+
+    def _deliver(self, fd: int, text: str) -> None:
+        with self._lock:
+            self._put_text(fd, text)
+
+    def _put_text(self, fd: int, text: str) -> None:
+        """To be called with the lock held."""
+        if self._line_is_open:
+            text = f"\n{text}"
+            self._line_is_open = False
+        self._put(fd, text.encode(getattr(sys.stdout, "encoding", None) or "utf-8", "replace"))
+
+    def _put(self, fd: int, data: bytes) -> None:
+        rest = memoryview(data)
+        try:
+            while rest:
+                # Somebody may have made the descriptor non-blocking for all who share it.
+                with contextlib.suppress(BlockingIOError):
+                    rest = rest[os.write(fd, rest) :]
+                    continue
+                select.select([], [fd], [])
+        except OSError as error:
+            if fd == self._out:
+                self._failure = error

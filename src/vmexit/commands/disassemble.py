@@ -29,8 +29,8 @@ Without an address it begins at RIP, and goes on from there when it is repeated.
         parameters=(*PLACE_PARAMETERS[:1], ("l LENGTH", "So many bytes, hexadecimal: 40 unless said otherwise, at most 100000.")),
         examples=(
             ("u", "what comes next"),
-            ("u rip-10 l 20", "what is around"),
-            ("!u32 ffff0", "physical memory as 32-bit code"),
+            ("u rsp l 20", "32 bytes where RSP points"),
+            ("!u16 ffff0", "physical memory as 16-bit code"),
         ),
         halted=True,
     )

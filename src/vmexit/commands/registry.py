@@ -84,7 +84,9 @@ def execute(session: Session, line: str) -> None:
     if not tokens:
         return
     arguments = Arguments(line, tokens)
-    command = None if tokens[0].kind is TokenKind.BLOCK else find(arguments.name)
+    if tokens[0].kind is TokenKind.BLOCK:
+        raise arguments.error("a command does not begin with a brace", tokens[0])
+    command = find(arguments.name)
     if command is None:
         raise unknown(arguments, tokens[0])
     if command.INFO.halted:

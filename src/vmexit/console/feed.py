@@ -12,7 +12,7 @@ from vmexit.console.guest_output import GuestOutput
 from vmexit.console.render import Columns, notice_text, stop_text
 from vmexit.console.screen import Screen
 from vmexit.debugger import State, Stop, StopReason
-from vmexit.link.rings import Records
+from vmexit.link.rings import Records, joined
 from vmexit.link.wire import RECORD
 from vmexit.targets.base import Notice
 
@@ -107,7 +107,7 @@ class Feed:
         batches = [records]
         while self._items and isinstance(self._items[0], np.ndarray):
             batches.append(self._items.popleft())  # type: ignore[arg-type]
-        return np.concatenate(batches) if len(batches) > 1 else records
+        return joined(batches)
 
     def _show_output(self, until_ns: int) -> None:
         """What the guest printed up to then."""
@@ -155,7 +155,7 @@ class Feed:
 
     def _hold(self, records: Records) -> None:
         """Keeps the newest of a backlog, for when the machine has halted."""
-        held = np.concatenate((self._held, records[-_LAST:]))
+        held = joined((self._held, records[-_LAST:]))
         self._passed_over += len(self._held) + len(records) - len(held[-_LAST:])
         self._held = held[-_LAST:]
 

@@ -1,0 +1,1 @@
+"""Tests of the C agent, in a small program that plays QEMU for it."""

@@ -1,4 +1,4 @@
-"""The ``vmexit`` command: run, demo, doctor."""
+"""The ``vmexit`` command: run, eval, demo, doctor."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ class _Given(argparse.Action):
         namespace.given = [*(namespace.given or []), (self.dest, values)]
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(action: str) -> argparse.ArgumentParser:
+    """``action``: the first word of the command line."""
     parser = _Parser(
         prog="vmexit",
         description="Traps the MSR accesses of a whole x86 guest: see them, stop on them, change them or block them.",
@@ -62,6 +63,13 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--script", dest="script", action=_Given, metavar="FILE", help="carry out the commands of a file first")
     run.add_argument("--batch", action="store_true", help="no console: print everything, never wait, leave when the guest does")
     run.add_argument("--qemu", metavar="PATH", default=_DEFAULT_QEMU, help=f"the QEMU to start (default: {_DEFAULT_QEMU})")
+
+    evaluate = actions.add_parser("eval", help="compile and run a script without any machine", allow_abbrev=False)
+    if action == "eval":
+        # What knows its arguments takes a while to load.
+        from vmexit.script.evaluate import add_arguments
+
+        add_arguments(evaluate)
 
     demo = actions.add_parser("demo", help="boot a real Linux kernel and trap its MSR writes", allow_abbrev=False)
     demo.add_argument("--kernel", metavar="PATH", type=Path, help="a kernel image (bzImage) to boot instead of Debian's")
@@ -88,6 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _broken_pipe()
     except SystemExit as error:
         # argparse's own, after --help; or a signal's.
+        if (number := getattr(error, "signal", None)) is not None:
+            _failed(VmexitError(f"ended by {number.name}"), 0)
         return error.code if isinstance(error.code, int) else 0
     except Exception as error:
         return _failed(_unexpected(error), FAILED_STATUS)
@@ -96,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: list[str]) -> int:
     split = argv.index("--") if "--" in argv else len(argv)
     options, has_rest = argv[:split], split < len(argv)
-    parsed, unknown = _parser().parse_known_args(options)
+    parsed, unknown = _parser(options[0] if options else "").parse_known_args(options)
     if unknown:
         hint = "; QEMU's own arguments come behind --" if parsed.action == "run" else ""
         raise UsageError(f"unrecognized: {' '.join(unknown)}{hint} (see vmexit --help)")
@@ -112,6 +122,10 @@ def _main(argv: list[str]) -> int:
             if not has_rest:
                 raise UsageError("QEMU's arguments are missing: vmexit run [options] -- QEMU ARGUMENTS")
             return _run(parsed, argv[split + 1 :])
+        case "eval":
+            from vmexit.script.evaluate import main_eval
+
+            return main_eval(parsed)
         case "demo":
             from vmexit import demo
 
@@ -123,7 +137,7 @@ def _main(argv: list[str]) -> int:
             print(doctor.render(results), flush=True)
             return FAILED_STATUS if any(check.ok is False for check in results) else 0
         case _:
-            raise UsageError("what to do? run, demo or doctor (see vmexit --help)")
+            raise UsageError("what to do? run, eval, demo or doctor (see vmexit --help)")
 
 
 def _run(parsed: argparse.Namespace, arguments: list[str]) -> int:
@@ -181,4 +195,4 @@ def _occupy_standard_descriptors() -> None:
         try:
             os.fstat(fd)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)

@@ -13,6 +13,7 @@ from vmexit.link.wire import Access, Action, RecordFlag, Stage, constant
 _ACCESS = {int(access): access for access in Access}
 _STAGE = {int(stage): stage for stage in Stage}
 _ACTION = {int(action): action for action in Action}
+_SKIPPED = {flags for flags in map(RecordFlag, range(int(~RecordFlag(0)) + 1)) if RecordFlag.SKIPPED in flags}
 _FLAGS = [RecordFlag(flags) for flags in range(int(~RecordFlag(0)) + 1)]
 _MASK32, _MASK64 = 0xFFFF_FFFF, 0xFFFF_FFFF_FFFF_FFFF
 _RAX, _RCX, _RDX = constant("RAX"), constant("RCX"), constant("RDX")
@@ -45,7 +46,7 @@ class Trap(NamedTuple):
     @property
     def skipped(self) -> bool:
         """Whether the event short-circuits the instruction."""
-        return bool(self.flags & RecordFlag.SKIPPED)
+        return self.flags in _SKIPPED
 
 
 def traps_of(records: Records) -> Iterator[Trap]:

@@ -479,6 +479,23 @@ def test_registers_changed_in_the_post_stage(host: FakeHost, link: Link, access:
     assert host.register("rbx") == 0x50
 
 
+def test_a_changed_ecx_in_the_post_stage_is_not_what_was_executed(host: FakeHost, link: Link) -> None:
+    link.set_events(
+        [
+            event(1, (0x10, 0x10), stages=Stage.POST, actions=Action.ASK),
+            event(2, (0x10, 0x10), stages=Stage.POST),
+            event(3, (0x99, 0x99), stages=Stage.POST),
+        ]
+    )
+    host.load(AT, wrmsr(0x10, 1) + HLT)
+    host.start(AT)
+    records = collect(link, 2, answer=Answers(rcx=0x99))
+    host.expect(f"halted 0 {AT + 18:x}")
+    assert column(records, "event", "msr") == [(1, 0x10), (2, 0x10)]
+    assert host.register("rcx") == 0x99
+    quiet(link, 0.01)
+
+
 def test_no_post_stage_after_a_fault(host: FakeHost, link: Link) -> None:
     link.set_events([event(1, stages=Stage.ALL)])
     host.load(0x2000, wrmsr(0x11, 2) + HLT)

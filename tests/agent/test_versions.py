@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from vmexit.link.client import Link, RequestError
 from vmexit.link.wire import Access, Action, Capability, EventFlag, Stage, Status
 
 from .conftest import StartHost
-from .host import HLT, RDMSR, FakeHost, Variant, bits, collect, column, event, loop, wrmsr
+from .host import HLT, RDMSR, FakeHost, Variant, bits, collect, column, event, eventually, loop, wrmsr
 
 AT = 0x1000
 RAX, RCX, RIP = 0, 1, 16
@@ -235,14 +236,20 @@ def test_a_vcpu_that_comes_later(start_host: StartHost) -> None:
 
 
 def test_many_vcpus(start_host: StartHost) -> None:
-    """The rings become small, and a debugger is told of all vCPUs at once when it comes."""
-    host = start_host(vcpus=200, max_vcpus=300)
+    """The rings become small; and a debugger is told of each vCPU when it comes, though so much does not fit into the socket."""
+    host = start_host(vcpus=300)
     link = host.connect()
-    assert link.rings.vcpus == 300
+    time.sleep(0.02)
     link.set_events([event(1)])
+
+    def all_are_told() -> bool:
+        link.handle_notices()
+        return link.rings.vcpus_up == 300
+
+    eventually(all_are_told)
     host.load(AT, loop(5, wrmsr(0x10, 1)) + HLT)
-    for vcpu in range(200):
+    for vcpu in range(300):
         host.start(AT, vcpu)
-    records = collect(link, 1000)
-    assert np.array_equal(records["sequence"], np.arange(1000))
-    assert np.array_equal(np.bincount(records["vcpu"]), [5] * 200)
+    records = collect(link, 1500)
+    assert np.array_equal(records["sequence"], np.arange(1500))
+    assert np.array_equal(np.bincount(records["vcpu"]), [5] * 300)

@@ -3,7 +3,6 @@
 #include "clock.h"
 
 #include <fcntl.h>
-#include <stdbool.h>
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
@@ -19,12 +18,7 @@ static uint64_t ask_kernel(void)
 
 #if defined(__x86_64__)
 
-static struct {
-    bool trusted;
-    uint64_t first_tsc, first_ns;
-    uint64_t base_tsc, base_ns;
-    uint64_t ns_per_tick; /* times 2^32; 0: not measured */
-} tsc;
+struct clock_tsc clock_tsc;
 
 /* The kernel uses the counter as its own clock only if it runs at a constant rate and agrees between all processors. */
 static bool kernel_trusts_tsc(void)
@@ -40,30 +34,27 @@ static bool kernel_trusts_tsc(void)
 
 void clock_init(void)
 {
-    tsc.trusted = kernel_trusts_tsc();
-    tsc.first_ns = ask_kernel();
-    tsc.first_tsc = __builtin_ia32_rdtsc();
+    clock_tsc.trusted = kernel_trusts_tsc();
+    clock_tsc.first_ns = ask_kernel();
+    clock_tsc.first_tsc = __builtin_ia32_rdtsc();
 }
 
 void clock_calibrate(void)
 {
-    if (!tsc.trusted)
+    if (!clock_tsc.trusted)
         return;
-    uint64_t elapsed = ask_kernel() - tsc.first_ns;
+    uint64_t elapsed = ask_kernel() - clock_tsc.first_ns;
     if (elapsed < LEAST_BASE_NS)
         nanosleep(&(struct timespec){.tv_nsec = (long)(LEAST_BASE_NS - elapsed)}, NULL);
-    tsc.base_ns = ask_kernel();
-    tsc.base_tsc = __builtin_ia32_rdtsc();
-    unsigned __int128 ns = (unsigned __int128)(tsc.base_ns - tsc.first_ns) << 32;
-    tsc.ns_per_tick = (uint64_t)(ns / (tsc.base_tsc - tsc.first_tsc));
+    clock_tsc.base_ns = ask_kernel();
+    clock_tsc.base_tsc = __builtin_ia32_rdtsc();
+    unsigned __int128 ns = (unsigned __int128)(clock_tsc.base_ns - clock_tsc.first_ns) << 32;
+    clock_tsc.ns_per_tick = (uint64_t)(ns / (clock_tsc.base_tsc - clock_tsc.first_tsc));
 }
 
 uint64_t clock_now(void)
 {
-    if (tsc.ns_per_tick == 0)
-        return ask_kernel();
-    uint64_t ticks = __builtin_ia32_rdtsc() - tsc.base_tsc;
-    return tsc.base_ns + (uint64_t)((unsigned __int128)ticks * tsc.ns_per_tick >> 32);
+    return clock_has_tsc() ? clock_now_by_tsc() : ask_kernel();
 }
 
 #else

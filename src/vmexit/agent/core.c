@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include "clock.h"
 #include "core.h"
+#include "quick.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -22,43 +23,9 @@ enum { WAIT_MS = 100 };
 /* A vCPU that has asked looks so long for the answer before it sleeps. */
 enum { SPIN_NS = 100000 };
 
-struct table {
-    struct table *retired; /* the next older one that a vCPU may still be reading */
-    size_t count;
-    uint32_t last_id;
-    struct vmexit_event events[];
-};
+struct core core = {.shared_fd = -1, .debugger_eventfd = -1};
 
-struct vcpu {
-    /* The table that this vCPU reads at the moment, so that it is not freed; null outside of a trap. */
-    struct table *reading;
-    struct vmexit_ring *ring;
-    struct vmexit_record *records;
-    uint64_t head; /* the ring's, kept where the debugger cannot write */
-    int eventfd;
-    bool asking; /* waits for an answer */
-    char line[64 - 3 * sizeof(void *) - sizeof(uint64_t) - sizeof(int) - sizeof(bool)];
-};
-
-static struct {
-    const struct door *door;
-    struct vmexit_shared *shared;
-    struct vmexit_shared layout; /* what stands at the start of the shared memory when a debugger comes */
-    struct vcpu *vcpus;
-    unsigned vcpu_count;
-    uint64_t ring_mask;
-    int shared_fd;
-    int debugger_eventfd;
-    struct table *table;
-    struct table *retired;
-    uint64_t sequence; /* of the next record */
-    uint32_t session; /* odd while a debugger is attached, and another number for each one */
-    bool drop;
-    bool has_membarrier;
-} core = {.shared_fd = -1, .debugger_eventfd = -1};
-
-uint64_t core_interest[2][2 * 8192 / 64];
-uint32_t core_interest_elsewhere;
+uint8_t core_interest[1 << 16];
 
 static struct table no_events;
 
@@ -116,6 +83,7 @@ bool core_init(const struct door *door, unsigned vcpus)
     core.door = door;
     core.vcpu_count = vcpus;
     core.ring_mask = records - 1;
+    core.half_mask = records / 2 - 1;
     core.table = &no_events;
     return true;
 }
@@ -185,6 +153,45 @@ static void free_retired_tables(void)
     }
 }
 
+static bool is_quick(const struct vmexit_event *events, size_t count)
+{
+    for (size_t i = 0; i < count; i++)
+        if (events[i].actions != VMEXIT_RECORD || events[i].stages != VMEXIT_PRE ||
+            (events[i].flags & (VMEXIT_SHORT_CIRCUIT | VMEXIT_IMMEDIATE)))
+            return false;
+    return core.has_membarrier && clock_has_tsc();
+}
+
+static struct table *make_table(const struct vmexit_event *events, size_t count)
+{
+    size_t rules = 0;
+    for (size_t i = 0; i < count; i++)
+        rules += events[i].range_count;
+    struct table *table = malloc(sizeof *table + count * sizeof *events + rules * sizeof *table->rules);
+    if (table == NULL)
+        return NULL;
+    *table = (struct table){.count = count, .last_id = count ? events[count - 1].id : 0};
+    table->quick_half = is_quick(events, count) ? (int64_t)(core.half_mask - count) : -1;
+    table->quick_used = core.ring_mask + 1 - count;
+    struct rule *rule = table->rules = (struct rule *)(table->events + count);
+    for (size_t i = 0; i < count; i++) {
+        const struct vmexit_event *event = &events[i];
+        table->events[i] = *event;
+        for (uint32_t r = 0; r < event->range_count && (event->flags & VMEXIT_ENABLED); r++)
+            *rule++ = (struct rule){
+                .first = event->ranges[r].first,
+                .span = event->ranges[r].last - event->ranges[r].first,
+                .core = event->core,
+                .event = event->id,
+                .slot = event->slot,
+                .access = event->access,
+                .others = (uint16_t)(event->range_count - 1 - r),
+            };
+    }
+    table->rules_end = rule;
+    return table;
+}
+
 static bool event_is_sound(const struct vmexit_event *event, uint32_t previous_id)
 {
     if (event->id <= previous_id || event->slot >= VMEXIT_MAX_EVENTS || event->reserved != 0)
@@ -212,40 +219,25 @@ static uint32_t needed_capabilities(const struct vmexit_event *event)
            (event->flags & VMEXIT_SHORT_CIRCUIT ? VMEXIT_CAN_SKIP : 0);
 }
 
-static void add_interest(uint64_t *bitmap, uint32_t offset, uint32_t first, uint32_t last, struct vmexit_range range)
+static void add_interest(uint8_t *interest, uint8_t access, struct vmexit_range range)
 {
-    uint32_t from = range.first > first ? range.first : first;
-    uint32_t to = range.last < last ? range.last : last;
-    for (uint64_t msr = from; from <= to && msr <= to; msr++) {
-        uint32_t bit = offset + (uint32_t)msr - first;
-        bitmap[bit / 64] |= UINT64_C(1) << (bit % 64);
-    }
+    uint64_t count = (uint64_t)range.last - range.first + 1;
+    for (uint32_t i = 0; i < count && i < sizeof core_interest; i++)
+        interest[(range.first + i) % sizeof core_interest] |= access;
 }
 
 static void publish_interest(const struct table *table)
 {
-    uint64_t bitmap[2][2 * 8192 / 64] = {0};
-    uint32_t elsewhere = 0;
+    uint8_t interest[sizeof core_interest] = {0};
     for (size_t i = 0; i < table->count; i++) {
         const struct vmexit_event *event = &table->events[i];
         if (!(event->flags & VMEXIT_ENABLED))
             continue;
-        for (uint32_t r = 0; r < event->range_count; r++) {
-            struct vmexit_range range = event->ranges[r];
-            for (unsigned access = VMEXIT_WRMSR; access <= VMEXIT_RDMSR; access++) {
-                if (!(event->access & access))
-                    continue;
-                add_interest(bitmap[access - 1], 0, 0, 0x1fff, range);
-                add_interest(bitmap[access - 1], 8192, 0xc0000000, 0xc0001fff, range);
-                if (range.last > 0x1fff && (range.first < 0xc0000000 || range.last > 0xc0001fff))
-                    elsewhere |= access;
-            }
-        }
+        for (uint32_t r = 0; r < event->range_count; r++)
+            add_interest(interest, event->access, event->ranges[r]);
     }
-    for (unsigned access = 0; access < 2; access++)
-        for (size_t i = 0; i < sizeof bitmap[0] / sizeof bitmap[0][0]; i++)
-            __atomic_store_n(&core_interest[access][i], bitmap[access][i], __ATOMIC_RELAXED);
-    __atomic_store_n(&core_interest_elsewhere, elsewhere, __ATOMIC_RELEASE);
+    for (size_t i = 0; i < sizeof interest; i++)
+        __atomic_store_n(&core_interest[i], interest[i], __ATOMIC_RELAXED);
 }
 
 static void replace_table(struct table *table)
@@ -270,12 +262,9 @@ int core_set_events(const struct vmexit_event *events, size_t count)
         if (needed_capabilities(&events[i]) & ~core.door->capabilities)
             return VMEXIT_UNAVAILABLE;
     }
-    struct table *table = malloc(sizeof *table + count * sizeof *events);
+    struct table *table = make_table(events, count);
     if (table == NULL)
         return VMEXIT_UNAVAILABLE;
-    *table = (struct table){.count = count, .last_id = count ? events[count - 1].id : 0};
-    if (count)
-        memcpy(table->events, events, count * sizeof *events);
     replace_table(table);
     return VMEXIT_OK;
 }
@@ -364,7 +353,7 @@ static uint64_t publish(struct trap *trap, struct vcpu *vcpu, const struct vmexi
             return UINT64_MAX;
     }
     uint64_t head = vcpu->head++;
-    uint64_t sequence = __atomic_fetch_add(&core.sequence, 1, __ATOMIC_RELAXED);
+    uint64_t sequence = next_sequence();
     vcpu->records[head & core.ring_mask] = (struct vmexit_record){
         .sequence = sequence,
         .time_ns = clock_now(),
@@ -387,7 +376,7 @@ static uint64_t publish(struct trap *trap, struct vcpu *vcpu, const struct vmexi
     if (urgent)
         __atomic_store_n(&ring->urgent, head + 1, __ATOMIC_RELEASE);
     /* What need not be seen at once is fetched by the debugger from time to time; when half the ring is full it is called. */
-    if (urgent || ((head + 1) & (core.ring_mask >> 1)) == 0)
+    if (urgent || ((head + 1) & core.half_mask) == 0)
         wake_debugger();
     return sequence;
 }

@@ -78,18 +78,13 @@ uint64_t core_attach(void);
 void core_detach(void);
 
 /* The trap's half. First a test of a few instructions, then the events themselves. */
-extern uint64_t core_interest[2][2 * 8192 / 64];
-extern uint32_t core_interest_elsewhere;
+/* For each value of an MSR's lowest 16 bits the accesses that any event wants of any MSR that ends so. */
+extern uint8_t core_interest[1 << 16] __attribute__((visibility("hidden")));
 
 /* Whether any event could want this access to this MSR (it may say yes for nothing, never no for something). */
 static inline bool core_wants(unsigned access, uint32_t msr)
 {
-    /* The bitmap covers the two ranges that hold nearly every MSR, as VMX's own does (Intel SDM volume 3, 25.6.9): 0 to 1fffh and
-     * c0000000h to c0001fffh; for the first both top bits are 0, for the second both are 1. */
-    if ((msr & 0x3fffe000) != 0 || (msr >> 30) % 3 != 0)
-        return __atomic_load_n(&core_interest_elsewhere, __ATOMIC_RELAXED) & access;
-    uint32_t bit = (msr >> 31) * 8192 + (msr & 0x1fff);
-    return __atomic_load_n(&core_interest[access - 1][bit / 64], __ATOMIC_RELAXED) >> (bit % 64) & 1;
+    return __atomic_load_n(&core_interest[msr & 0xffff], __ATOMIC_RELAXED) & access;
 }
 
 enum verdict { CARRY_OUT, SKIP, STOP };

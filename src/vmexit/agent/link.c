@@ -62,13 +62,19 @@ static void answer(int status, const void *payload, size_t length, const int *fd
     send_with(server.client, &message, payload, fds, fd_count, 0);
 }
 
-void link_announce_vcpu(unsigned vcpu)
+static void announce(unsigned vcpu, int flags)
 {
     int eventfd = core_vcpu_eventfd(vcpu);
     struct vmexit_message message = {.magic = VMEXIT_WIRE_MAGIC, .type = VMEXIT_VCPU, .vcpu = vcpu};
+    if (eventfd >= 0)
+        send_with(server.client, &message, NULL, &eventfd, 1, flags);
+}
+
+void link_announce_vcpu(unsigned vcpu)
+{
     pthread_mutex_lock(&server.lock);
-    if (server.client >= 0 && server.greeted && eventfd >= 0)
-        send_with(server.client, &message, NULL, &eventfd, 1, MSG_DONTWAIT);
+    if (server.client >= 0 && server.greeted)
+        announce(vcpu, MSG_DONTWAIT);
     pthread_mutex_unlock(&server.lock);
 }
 
@@ -90,8 +96,9 @@ static void greet(void)
     pthread_mutex_lock(&server.lock);
     server.greeted = true;
     pthread_mutex_unlock(&server.lock);
+    /* More than some 270 do not fit into the socket; then the rest waits until the debugger reads. */
     for (unsigned vcpu = 0; vcpu < core_vcpus(); vcpu++)
-        link_announce_vcpu(vcpu);
+        announce(vcpu, 0);
 }
 
 static void hello_asked(void)

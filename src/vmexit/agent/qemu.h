@@ -41,7 +41,7 @@ void qemu_write_rflags(unsigned vcpu, uint64_t value);
 bool qemu_prove_env(unsigned vcpu, const uint64_t *candidate);
 uint64_t *qemu_env(unsigned vcpu);
 /* Where RIP is in that array. */
-extern unsigned qemu_env_rip_index;
+extern unsigned qemu_env_rip_index __attribute__((visibility("hidden")));
 static inline const uint64_t *qemu_env_rip(const uint64_t *env)
 {
     return env + __atomic_load_n(&qemu_env_rip_index, __ATOMIC_RELAXED);

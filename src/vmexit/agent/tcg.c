@@ -11,6 +11,7 @@
 
 #include "core.h"
 #include "qemu.h"
+#include "quick.h"
 
 enum { RUN_STATE_PAUSED = 4 }; /* QEMU, qapi/run-state.json */
 enum { HOLDS = 64 };
@@ -462,8 +463,7 @@ static bool env_is_proven(unsigned index, const uint64_t *env)
     return state == ENV_PROVEN;
 }
 
-/* The common way in from translated code. `env` is what the host's register held that TCG keeps the CPU's state in. */
-__attribute__((visibility("hidden"), used)) void tcg_before(unsigned index, uintptr_t site, uint64_t *env)
+static void look_closer(unsigned index, uintptr_t site, uint64_t *env, uintptr_t return_address)
 {
     if (!env_is_proven(index, env))
         env = NULL;
@@ -474,17 +474,34 @@ __attribute__((visibility("hidden"), used)) void tcg_before(unsigned index, uint
     if (site_check_privilege(site) && !is_privileged(index))
         return;
     uint64_t rip = site_rip(site, env ? *qemu_env_rip(env) : qemu_read_register(index, VMEXIT_RIP));
-    on_wanted(index, site, rip, (uintptr_t)__builtin_return_address(0));
+    on_wanted(index, site, rip, return_address);
 }
 
-/* On the instruction behind an RDMSR of the same block: nothing can have come in between. */
+/* The common way in from translated code. `env` is what the host's register held that TCG keeps the CPU's state in. */
+__attribute__((visibility("hidden"), used)) void tcg_before(unsigned index, uintptr_t site, uint64_t *env)
+{
+    look_closer(index, site, env, (uintptr_t)__builtin_return_address(0));
+}
+
+/* The same, where `env` is proven and somebody may be interested. */
+__attribute__((visibility("hidden"), used)) void tcg_before_quick(unsigned index, uintptr_t site, uint64_t *env)
+{
+    if (site_check_privilege(site) || __atomic_load_n(&tcg.hold_count, __ATOMIC_ACQUIRE) != 0 ||
+        !quick_pre(index, site_access(site), site_length(site), site_rip(site, *qemu_env_rip(env)), env))
+        look_closer(index, site, env, (uintptr_t)__builtin_return_address(0));
+}
+
+/* On the instruction behind an RDMSR of the same block, whose site it is: nothing can have come in between. */
 __attribute__((visibility("hidden"), used)) void tcg_after(unsigned index, uintptr_t site, uint64_t *env)
 {
-    (void)site, (void)env;
     struct executed executed = tcg.executed[index];
     if (!executed.pending)
         return;
     tcg.executed[index].pending = false;
+    /* Left by an RDMSR that faulted, where the one here was of an MSR that nobody wants. */
+    uint32_t msr = (uint32_t)(env_is_proven(index, env) ? env[VMEXIT_RCX] : qemu_read_register(index, VMEXIT_RCX));
+    if (msr != executed.msr || ((executed.rip ^ site) & 0xfff) != 0)
+        return;
     struct place place = {.return_address = (uintptr_t)__builtin_return_address(0)};
     struct trap trap = make_trap(index, &place, executed.access, executed.length, executed.rip);
     trap.msr = executed.msr;
@@ -512,6 +529,37 @@ __attribute__((visibility("hidden"), used)) void tcg_after(unsigned index, uintp
 ENTRY(before_entry, tcg_before)
 ENTRY(after_entry, tcg_after)
 
+/* Once RBP is proven, the first look is taken in five instructions: for most accesses it is the last one too. */
+#if defined(__x86_64__)
+#define STRING(constant) #constant
+#define QUICK_ENTRY(name, access)                                                    \
+    __attribute__((naked)) static void name(unsigned vcpu, void *site)               \
+    {                                                                                \
+        (void)vcpu, (void)site;                                                      \
+        __asm__("movzwl 8(%rbp), %eax\n\t" /* CX */                                  \
+                "lea core_interest(%rip), %rdx\n\t"                                  \
+                "testb $" STRING(access) ", (%rdx,%rax)\n\t"                         \
+                "jne 1f\n\t"                                                         \
+                "ret\n"                                                              \
+                "1:\tmov %rbp, %rdx\n\t"                                             \
+                "jmp tcg_before_quick");                                                   \
+    }
+QUICK_ENTRY(before_wrmsr, VMEXIT_WRMSR)
+QUICK_ENTRY(before_rdmsr, VMEXIT_RDMSR)
+#else
+#define before_wrmsr before_entry
+#define before_rdmsr before_entry
+#endif
+
+typedef void entry(unsigned vcpu, void *site);
+
+static entry *best_entry(unsigned access)
+{
+    if (__atomic_load_n(&tcg.env, __ATOMIC_ACQUIRE) != ENV_PROVEN)
+        return before_entry;
+    return access == VMEXIT_WRMSR ? before_wrmsr : before_rdmsr;
+}
+
 static void on_translation(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
 {
     (void)id;
@@ -532,9 +580,9 @@ static void on_translation(qemu_plugin_id_t id, struct qemu_plugin_tb *tb)
         bool ends_block = i + 1 == count;
         uintptr_t site = pack_site(qemu_plugin_insn_vaddr(insn) - cs_base, (unsigned)qemu_plugin_insn_size(insn), access, ends_block,
                                    vcpu == UINT32_MAX);
-        qemu_plugin_register_vcpu_insn_exec_cb(insn, before_entry, qemu_callback_flags(), (void *)site);
+        qemu_plugin_register_vcpu_insn_exec_cb(insn, best_entry(access), qemu_callback_flags(), (void *)site);
         if (!ends_block)
-            qemu_plugin_register_vcpu_insn_exec_cb(qemu_plugin_tb_get_insn(tb, i + 1), after_entry, qemu_callback_flags(), NULL);
+            qemu_plugin_register_vcpu_insn_exec_cb(qemu_plugin_tb_get_insn(tb, i + 1), after_entry, qemu_callback_flags(), (void *)site);
     }
 }
 

@@ -89,7 +89,7 @@ class Feed:
             if isinstance(item, Stop):
                 stopped = True
                 self._catch_up()
-                self._show_output(until_ns)
+                self._show_output(_FOR_EVER)
                 self._show_stop(item)
             elif isinstance(item, Notice):
                 self._catch_up()

@@ -9,12 +9,13 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.application import Application
+from prompt_toolkit.buffer import Buffer
 from prompt_toolkit.data_structures import Size
 from prompt_toolkit.filters import Condition
 from prompt_toolkit.formatted_text import FormattedText
@@ -25,7 +26,7 @@ from prompt_toolkit.output.vt100 import Vt100_Output
 
 from vmexit.commands import registry
 from vmexit.commands.session import Session
-from vmexit.console.completion import CommandCompleter
+from vmexit.console.completion import CommandCompleter, candidates
 from vmexit.console.feed import Feed
 from vmexit.console.render import error_text
 from vmexit.console.screen import OutputGoneError, Screen
@@ -124,6 +125,12 @@ class _Job:
             self.done.set()
 
 
+def _common_beginning(names: Sequence[str]) -> str:
+    """What all of them begin with."""
+    first, last = min(names, default=""), max(names, default="")
+    return first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))]
+
+
 class _PrivateHistory(FileHistory):
     """What was typed, in a file of the user's alone. That it cannot be written is no reason to stop."""
 
@@ -215,7 +222,7 @@ class Interactive:
 
     def _message(self) -> FormattedText:
         core = f"{self._debugger.core:x}: " if self._debugger.state is State.HALTED else ""
-        return FormattedText([("bold", f"{core}vmexit> ")])
+        return FormattedText([("bold" if self._screen.colour else "", f"{core}vmexit> ")])
 
     def _keys(self) -> KeyBindings:
         keys = KeyBindings()
@@ -224,7 +231,24 @@ class Interactive:
         def _(event: KeyPressEvent) -> None:
             self._on_interrupt()
 
+        @keys.add("tab")
+        def _(event: KeyPressEvent) -> None:
+            self._complete(event.current_buffer)
+
         return keys
+
+    def _complete(self, buffer: Buffer) -> None:
+        """Inserts what is certain; offers a choice only where there is one."""
+        if buffer.complete_state:
+            buffer.complete_next()
+            return
+        word, names = candidates(self._session, buffer.document.text_before_cursor)
+        certain = f"{names[0]} " if len(names) == 1 else _common_beginning(names)
+        if len(certain) > len(word):
+            buffer.delete_before_cursor(len(word))
+            buffer.insert_text(certain)
+        elif len(names) > 1:
+            buffer.start_completion()
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()

@@ -17,6 +17,14 @@ class OutputGoneError(Exception):
         self.error = error
 
 
+def _are_one(one: int, other: int) -> bool:
+    """Whether two descriptors are of the same file."""
+    try:
+        return os.path.sameopenfile(one, other)
+    except OSError:
+        return False
+
+
 class Screen:
     """Standard output and error. Thread-safe; what one call writes is not torn apart by another."""
 
@@ -26,7 +34,9 @@ class Screen:
         self.is_terminal = os.isatty(out)
         self.colour = self.is_terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         self._lock = threading.Lock()
-        self._line_is_open = False  # the guest has written something that is not a whole line yet
+        # Where the guest has written something that is not a whole line yet. Both may be the same terminal or file.
+        self._open_lines: set[int] = set()
+        self._places = {out: out, err: out if _are_one(out, err) else err}
         self._failure: OSError | None = None
 
     def write(self, text: str) -> None:
@@ -45,9 +55,13 @@ class Screen:
 
     def guest(self, stream: str, data: bytes) -> None:
         """Hands on what the machine has written to its "stdout" or "stderr"."""
+        fd = self._err if stream == "stderr" else self._out
         with self._lock:
-            self._put(self._err if stream == "stderr" else self._out, data)
-            self._line_is_open = not data.endswith(b"\n")
+            self._put(fd, data)
+            if data.endswith(b"\n"):
+                self._open_lines.discard(self._places[fd])
+            else:
+                self._open_lines.add(self._places[fd])
 
     def clear(self) -> None:
         """Clears a terminal."""
@@ -66,9 +80,9 @@ class Screen:
 
     def _put_text(self, fd: int, text: str) -> None:
         """To be called with the lock held."""
-        if self._line_is_open:
+        if self._places[fd] in self._open_lines:
             text = f"\n{text}"
-            self._line_is_open = False
+            self._open_lines.discard(self._places[fd])
         self._put(fd, text.encode(getattr(sys.stdout, "encoding", None) or "utf-8", "replace"))
 
     def _put(self, fd: int, data: bytes) -> None:

@@ -37,6 +37,7 @@ _NOTICES = {
     "GUEST_PANICKED": NoticeKind.PANICKED,
 }
 _QUIT_S = 3.0
+_SETTLE_S = 0.05
 
 # What QEMU says, and what that means for somebody who wants traps.
 _KNOWN_FAILURES = (
@@ -211,6 +212,8 @@ class Qemu:
             if pattern.search(said):
                 return TargetError(meaning)
         lines = [line for line in said.splitlines() if line.strip()]
+        # A hint may follow the reason.
+        lines = [line for line in lines if re.match(r"[^ ]*qemu[^ ]*: ", line)] or lines
         if lines:
             # QEMU puts the reason last, and its own path before it.
             return TargetError(f"QEMU did not start: {re.sub(r'^[^ ]*qemu[^ ]*: ', '', lines[-1])}")
@@ -263,6 +266,10 @@ class Qemu:
         if self._qmp is None or self._closed:
             return []
         notices = [notice for event in self._qmp.events() if (notice := _notice(event))]
+        if any(notice.kind is NoticeKind.STOPPED for notice in notices):
+            # What the guest has printed before it halted is to be known before that.
+            for reader in self._readers:
+                reader.settle(_SETTLE_S)
         if self._process.poll() is not None and not self._ended_told:
             self._ended_told = True
             self._finish_output()

@@ -1,0 +1,132 @@
+/* The commonest trap in as few instructions as can be: events that only record, before the instruction. A door inlines it.
+ *
+ * Whatever else there is to do (a question, a break, a post stage, a full ring, a debugger to be woken) is left to core_pre.
+ */
+#ifndef VMEXIT_QUICK_H
+#define VMEXIT_QUICK_H
+
+#include "clock.h"
+#include "core.h"
+
+#pragma GCC visibility push(hidden)
+
+/* A range of MSRs of an event that is enabled. */
+struct rule {
+    uint32_t first;
+    uint32_t span; /* the last one less the first one */
+    uint32_t core;
+    uint32_t event; /* its id */
+    uint32_t slot;
+    uint16_t access;
+    uint16_t others; /* ranges of the same event that follow */
+};
+
+struct table {
+    struct table *retired; /* the next older one that a vCPU may still be reading */
+    /* Up to which fill of the ring, and of the half that is being filled, a trap is quick: so that all the records fit that it may
+     * leave, and none makes a half full. quick_half is -1 where the events do more than to record. */
+    uint64_t quick_used;
+    int64_t quick_half;
+    const struct rule *rules_end;
+    struct rule *rules;
+    size_t count;
+    uint32_t last_id;
+    struct vmexit_event events[]; /* and the rules behind them */
+};
+
+struct vcpu {
+    /* The table that this vCPU reads at the moment, so that it is not freed; null outside of a trap. */
+    const struct table *reading;
+    struct vmexit_ring *ring;
+    struct vmexit_record *records;
+    uint64_t head; /* the ring's, kept where the debugger cannot write */
+    int eventfd;
+    bool asking; /* waits for an answer */
+    char line[64 - 3 * sizeof(void *) - sizeof(uint64_t) - sizeof(int) - sizeof(bool)];
+};
+
+extern struct core {
+    const struct door *door;
+    struct vmexit_shared *shared;
+    struct vmexit_shared layout; /* what stands at the start of the shared memory when a debugger comes */
+    struct vcpu *vcpus;
+    unsigned vcpu_count;
+    uint64_t ring_mask;
+    uint64_t half_mask; /* of half a ring */
+    int shared_fd;
+    int debugger_eventfd;
+    struct table *table;
+    struct table *retired;
+    uint64_t sequence; /* of the next record */
+    uint32_t session; /* odd while a debugger is attached, and another number for each one */
+    bool drop;
+    bool has_membarrier;
+} core;
+
+static inline uint64_t next_sequence(void)
+{
+    if (core.vcpu_count > 1)
+        return __atomic_fetch_add(&core.sequence, 1, __ATOMIC_RELAXED);
+    /* Only one thread writes it: without the lock prefix, which would wait until the record before has reached the cache. */
+    uint64_t sequence = core.sequence;
+    __atomic_store_n(&core.sequence, sequence + 1, __ATOMIC_RELAXED);
+    return sequence;
+}
+
+/* The debugger has read the ring's records from another processor; to fetch them back takes a while, so it is begun some records
+ * ahead. Processors that do not know the instruction take it for a NOP. */
+static inline void fetch_back(const struct vcpu *vcpu)
+{
+#if defined(__x86_64__)
+    __asm__ volatile("prefetchw %0" ::"m"(vcpu->records[(vcpu->head + 8) & core.ring_mask]));
+#else
+    (void)vcpu;
+#endif
+}
+
+/* Does all that there is to do in stage pre, unless it returns false: then it has done nothing. `registers` begins with RAX, RCX, RDX,
+ * RBX, RSP. */
+static inline bool quick_pre(unsigned index, unsigned access, unsigned length, uint64_t rip, const uint64_t *registers)
+{
+    struct vcpu *vcpu = &core.vcpus[index];
+    /* As table_enter does; without membarrier(2) no table is quick. */
+    const struct table *table = __atomic_load_n(&core.table, __ATOMIC_ACQUIRE);
+    __atomic_store_n(&vcpu->reading, table, __ATOMIC_RELAXED);
+    __atomic_signal_fence(__ATOMIC_SEQ_CST);
+    struct vmexit_ring *ring = vcpu->ring;
+    const uint64_t used = vcpu->head - __atomic_load_n(&ring->tail, __ATOMIC_ACQUIRE);
+    bool is_quick = table == __atomic_load_n(&core.table, __ATOMIC_ACQUIRE) &&
+                    (int64_t)(vcpu->head & core.half_mask) <= table->quick_half && used <= table->quick_used;
+    if (__builtin_expect(is_quick, 1)) {
+        const uint32_t msr = (uint32_t)registers[VMEXIT_RCX];
+        const uint64_t now = clock_now_by_tsc();
+        for (const struct rule *rule = table->rules; rule != table->rules_end; rule++) {
+            if (msr - rule->first > rule->span || !(rule->access & access) || (rule->core != VMEXIT_ALL_CORES && rule->core != index))
+                continue;
+            __atomic_store_n(&ring->hits[rule->slot], ring->hits[rule->slot] + 1, __ATOMIC_RELAXED);
+            fetch_back(vcpu);
+            vcpu->records[vcpu->head & core.ring_mask] = (struct vmexit_record){
+                .sequence = next_sequence(),
+                .time_ns = now,
+                .rip = rip,
+                .rsp = registers[VMEXIT_RSP],
+                .value = registers[VMEXIT_RDX] << 32 | (uint32_t)registers[VMEXIT_RAX],
+                .msr = msr,
+                .event = rule->event,
+                .vcpu = (uint16_t)index,
+                .access = (uint8_t)access,
+                .stage = VMEXIT_PRE,
+                .action = VMEXIT_RECORD,
+                .length = (uint8_t)length,
+            };
+            __atomic_store_n(&ring->head, ++vcpu->head, __ATOMIC_RELEASE);
+            rule += rule->others;
+        }
+    }
+    __atomic_store_n(&vcpu->reading, NULL, __ATOMIC_RELEASE);
+    return is_quick;
+}
+
+#pragma GCC visibility pop
+
+#endif

@@ -1,0 +1,261 @@
+"""A machine without QEMU, and a session on it whose output is kept."""
+
+from __future__ import annotations
+
+import os
+from typing import cast
+
+import numpy as np
+
+from vmexit.commands import registry
+from vmexit.commands.session import Session
+from vmexit.debugger import Debugger
+from vmexit.errors import CommandError, TargetError
+from vmexit.link import wire
+from vmexit.link.client import Link, RequestError
+from vmexit.link.rings import Records, joined
+from vmexit.link.wire import Access, Action, Capability, RecordFlag, Stage, Status, constant
+from vmexit.targets.base import Notice, NoticeKind
+
+PAGE = 0x1000
+EVERYTHING = Capability(sum(Capability))
+
+
+def record(
+    sequence: int = 0,
+    *,
+    time_ns: int = 0,
+    event: int = 0,
+    core: int = 0,
+    access: Access = Access.WRMSR,
+    stage: Stage = Stage.PRE,
+    action: Action = Action.RECORD,
+    msr: int = 0xC0000082,
+    value: int = 0xFFFFFFFF81A00080,
+    rip: int = 0x101506,
+    flags: int = 0,
+) -> Records:
+    """One record, as the agent writes it."""
+    made: Records = np.zeros(1, wire.RECORD)
+    fields = {
+        "sequence": sequence,
+        "time_ns": time_ns,
+        "rip": rip,
+        "value": value,
+        "msr": msr,
+        "event": event + 1,
+        "vcpu": core,
+        "access": access,
+        "stage": stage,
+        "action": action,
+        "flags": flags,
+        "length": 2,
+    }
+    for name, field in fields.items():
+        made[name] = field
+    return made
+
+
+SKIPPED = int(RecordFlag.SKIPPED)
+
+
+class FakeRings:
+    """Records that a test puts in."""
+
+    def __init__(self) -> None:
+        self.records: list[Records] = []
+        self.hits_of: dict[int, int] = {}
+        self.dropped = 0
+        self.wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def drain(self, *, final: bool = False) -> Records:
+        records, self.records = self.records, []
+        return joined(records) if records else np.zeros(0, wire.RECORD)
+
+    def before_sleep(self) -> bool:
+        return not self.records
+
+    def after_sleep(self) -> None:
+        pass
+
+    def hits(self, slot: int) -> int:
+        return self.hits_of.get(slot, 0)
+
+    def clear_hits(self, slot: int) -> None:
+        self.hits_of.pop(slot, None)
+
+    def counters(self) -> tuple[int, int]:
+        return self.dropped, 7
+
+
+class FakeLink:
+    """An agent that answers from dictionaries."""
+
+    def __init__(self, target: FakeTarget) -> None:
+        self._target = target
+        self.rings = FakeRings()
+        self.closed = False
+        self.capabilities = EVERYTHING
+        self.plugin_api = 1
+        self.door = "tcg"
+        self.events: list[bytes] = []
+        self.drop = False
+        self.decided: list[tuple[int, bool]] = []
+        self.values = [dict.fromkeys(range(wire.REGISTERS), 0) for _ in range(target.vcpus)]
+        self.pages: dict[tuple[bool, int], bytes] = {}
+
+    def fileno(self) -> int:
+        return self.rings.wake_fd
+
+    def close(self) -> None:
+        self.closed = True
+
+    def handle_notices(self) -> None:
+        pass
+
+    def set_events(self, events: list[bytes]) -> None:
+        self.events = events
+
+    def set_overflow(self, drop: bool) -> None:
+        self.drop = drop
+
+    def decide(self, vcpu: int, skip: bool) -> None:
+        self._check_halted()
+        if not self._target.is_at_trap:
+            raise RequestError(Status.REFUSED)
+        self.decided.append((vcpu, skip))
+
+    def _check_halted(self) -> None:
+        if self._target.runs:
+            raise RequestError(Status.RUNNING)
+
+    def registers(self, vcpu: int) -> list[int]:
+        self._check_halted()
+        return list(self.values[vcpu].values())
+
+    def set_register(self, vcpu: int, number: int, value: int) -> None:
+        self._check_halted()
+        self.values[vcpu][number] = value
+
+    def read_memory(self, vcpu: int, address: int, length: int, *, physical: bool = False) -> bytes:
+        self._check_halted()
+        data = b""
+        while len(data) < length:
+            at = address + len(data)
+            page = self.pages.get((physical, at // PAGE))
+            if page is None:
+                raise RequestError(Status.UNREADABLE)
+            data += page[at % PAGE :][: length - len(data)]
+        return data
+
+
+class FakeTarget:
+    """A machine that halts at once when it is asked to."""
+
+    name = "FakeMachine 1.0"
+
+    def __init__(self, vcpus: int = 2) -> None:
+        self.vcpus = vcpus
+        self.runs = False
+        self.is_at_trap = False
+        self.exit_status: int | None = None
+        self.pending: list[Notice] = []
+        self.fake_link = FakeLink(self)
+        self.link = cast(Link, self.fake_link)
+
+    def resume(self) -> None:
+        if self.exit_status is not None:
+            raise TargetError("it is dead")
+        self.runs = True
+
+    def halt(self) -> None:
+        self.stopped()
+
+    def stopped(self) -> None:
+        """It halts, for whatever reason."""
+        self.runs = False
+        self.pending.append(Notice(NoticeKind.STOPPED))
+
+    def ended(self, status: int) -> None:
+        """Its VMM ends."""
+        self.runs = False
+        self.exit_status = status
+        self.pending.append(Notice(NoticeKind.ENDED))
+
+    def filenos(self) -> list[int]:
+        return []
+
+    def notices(self) -> list[Notice]:
+        notices, self.pending = self.pending, []
+        return notices
+
+    def close(self) -> None:
+        self.link.close()
+
+
+class FakeDriver:
+    """Notes what it is asked for."""
+
+    def __init__(self, debugger: Debugger) -> None:
+        self._debugger = debugger
+        self.done: list[str] = []
+
+    def go(self) -> None:
+        self.done.append("go")
+        self._debugger.go()
+
+    def pause(self) -> None:
+        self.done.append("pause")
+        self._debugger.pause()
+        self._debugger.pump()
+
+    def sleep(self, seconds: float) -> None:
+        self.done.append(f"sleep {seconds:g}")
+
+    def leave(self) -> None:
+        self.done.append("leave")
+
+    def clear(self) -> None:
+        self.done.append("clear")
+
+
+class Typist:
+    """Somebody who types commands into a session on a fake machine."""
+
+    def __init__(self, vcpus: int = 2) -> None:
+        self.target = FakeTarget(vcpus)
+        self.link = self.target.fake_link
+        self.debugger = Debugger(self.target)
+        self.driver = FakeDriver(self.debugger)
+        self.shown: list[str] = []
+        self.session = Session(self.debugger, self.shown.append, self.driver)
+
+    def close(self) -> None:
+        self.debugger.close()
+        os.close(self.link.rings.wake_fd)
+
+    def types(self, line: str) -> str:
+        """Carries a command out; gives what it shows."""
+        self.shown.clear()
+        registry.execute(self.session, line)
+        return "\n".join(self.shown)
+
+    def fails(self, line: str) -> str:
+        """Carries a command out that is wrong; gives what the error looks like."""
+        self.shown.clear()
+        try:
+            registry.execute(self.session, line)
+        except CommandError as error:
+            assert not self.shown
+            return error.render()
+        raise AssertionError(f"{line!r} was accepted: {self.shown}")
+
+    def put(self, core: int = 0, **registers: int) -> None:
+        """Gives registers values."""
+        for name, value in registers.items():
+            self.link.values[core][constant(name.upper())] = value
+
+    def map(self, address: int, data: bytes, *, physical: bool = False) -> None:
+        """Makes memory from a page's start on; the rest of the last page is 0."""
+        for offset in range(0, len(data), PAGE):
+            self.link.pages[physical, (address + offset) // PAGE] = data[offset : offset + PAGE].ljust(PAGE, b"\0")

@@ -1,0 +1,304 @@
+"""Tests of !msrwrite and !msrread: what they make, and what they refuse."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from tests.commands.fakes import EVERYTHING, Typist
+from vmexit.events.event import Event
+from vmexit.events.msrs import LAST_MSR, UNNAMED_READS, UNNAMED_WRITES, MsrSet
+from vmexit.link.wire import Access, Action, Capability, Stage
+
+
+def made(typist: Typist, line: str) -> Event:
+    """The only event that a command makes."""
+    before = set(typist.debugger.events)
+    typist.types(line)
+    (event,) = set(typist.debugger.events) - before
+    return event
+
+
+def same(event: Event, **expected: object) -> bool:
+    fields = {field.name: getattr(event, field.name) for field in dataclasses.fields(event)}
+    wanted = {
+        "access": Access.WRMSR,
+        "stage": Stage.PRE,
+        "core": None,
+        "action": Action.BREAK,
+        "callback": None,
+        "short_circuit": False,
+        "immediate": True,
+        "enabled": True,
+        **expected,
+    }
+    return all(fields[name] == value for name, value in wanted.items())
+
+
+def test_by_default_it_breaks_before_each_write_on_all_cores(typist: Typist) -> None:
+    event = made(typist, "!msrwrite c0000082")
+    assert same(event, msrs=MsrSet.of(0xC0000082), text="!msrwrite c0000082", number=0)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("!msrwrite 0xC0000082", {}),
+        ("!msrwrite \\xc0000082", {}),
+        ("!msrwrite 0n3221225602", {}),
+        ("!msrwrite c000`0082", {}),
+        ("!MsrWrite C0000082 CORE 1", {"core": 1}),
+        ("!msrwrite core 0x1 c0000082", {"core": 1}),
+        ("!msrwrite c0000082 core 0n1", {"core": 1}),
+        ("!msrwrite imm no c0000082", {"immediate": False}),
+        ("!msrwrite imm yes c0000082", {}),
+        ("!msrwrite Sc On c0000082", {"short_circuit": True}),
+        ("!msrwrite sc off c0000082", {}),
+        ("!msrwrite c0000082 stage post", {"stage": Stage.POST}),
+        ("!msrwrite c0000082 STAGE ALL", {"stage": Stage.ALL}),
+        ("!msrwrite stage pre c0000082", {}),
+        ("!msrwrite log c0000082", {"action": Action.RECORD}),
+        ("!msrwrite pid all c0000082", {}),
+        ("!msrwrite c0000082 stage post stage pre core 0 core 1", {"core": 1}),
+        ("!msrwrite sc on sc off stage all c0000082", {"stage": Stage.ALL}),
+        (
+            "  !msrwrite   imm no  log sc on stage pre core 1  c0000082 /* ! */ // x",
+            {"immediate": False, "action": Action.RECORD, "short_circuit": True, "core": 1},
+        ),
+        ('!msrwrite "c0000082" "stage" "post"', {"stage": Stage.POST}),
+    ],
+)
+def test_options_in_any_order_and_letter_case(typist: Typist, line: str, expected: dict[str, object]) -> None:
+    if '"' in line:
+        # An MSR's number is a number, not a text.
+        assert "neither an MSR's number" in typist.fails(line)
+        return
+    event = made(typist, line)
+    assert same(event, msrs=MsrSet.of(0xC0000082), text=line.strip(), **expected)
+
+
+def test_values_and_keywords_may_be_quoted_as_in_hyperdbg(typist: Typist) -> None:
+    assert same(made(typist, '!msrwrite 10 "stage" "post"'), stage=Stage.POST)
+
+
+@pytest.mark.parametrize(
+    ("command", "access", "unnamed"),
+    [("!msrwrite", Access.WRMSR, UNNAMED_WRITES), ("!msrread", Access.RDMSR, UNNAMED_READS)],
+)
+def test_no_msr_means_all_but_a_few(typist: Typist, command: str, access: Access, unnamed: tuple[int, ...]) -> None:
+    event = made(typist, f"{command} log")
+    assert event.access == access
+    assert event.msrs == MsrSet.all_but(unnamed)
+    assert 0x10 in event.msrs and LAST_MSR in event.msrs
+    for msr in unnamed:
+        assert msr not in event.msrs
+        assert msr in made(typist, f"{command} {msr:x}").msrs
+
+
+def test_it_says_what_it_made(typist: Typist) -> None:
+    assert typist.types("!msrwrite c0000082") == "event 0 breaks at each wrmsr of c0000082 (stage pre, all cores)"
+    assert typist.types("!msrread 10 stage post core 1 log") == "event 1 prints each rdmsr of 10 (stage post, core 1)"
+    assert typist.types("!msrwrite sc on") == (
+        "event 2 breaks at each wrmsr of every MSR (stage pre, all cores, short-circuited)\n"
+        "left out, unless an event names them: 48 49 e7 e8 c0000102"
+    )
+    assert typist.types("!msrread").endswith("left out, unless an event names them: e7 e8 c0000102")
+
+
+def test_it_holds_at_once(typist: Typist) -> None:
+    typist.types("!msrwrite 1")
+    typist.types("!msrwrite 2")
+    assert len(typist.link.events) == 2
+    typist.types("g")
+    typist.types("!msrwrite 3")
+    assert len(typist.link.events) == 3
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        (
+            "!msrwrite stge post",
+            """
+            'stge' is neither an MSR's number nor an option: did you mean 'stage'?
+            !msrwrite stge post
+                      ^~~~
+            """,
+        ),
+        (
+            "!msrwrite c0000082 ! log",
+            """
+            '!' is neither an MSR's number nor an option
+            !msrwrite c0000082 ! log
+                               ^
+            """,
+        ),
+        (
+            "!msrwrite 10 log 20",
+            """
+            one command traps one MSR (make another event for this one, or name none to trap all)
+            !msrwrite 10 log 20
+                             ^~
+            """,
+        ),
+        (
+            "!msrwrite 100000000",
+            """
+            100000000 is too big for a MSR's number; the biggest is ffffffff
+            !msrwrite 100000000
+                      ^~~~~~~~~
+            """,
+        ),
+        (
+            "!msrwrite core",
+            """
+            a value for 'core' is missing (core NUMBER)
+            !msrwrite core
+                          ^
+            """,
+        ),
+        (
+            "!msrwrite log stage   // nothing",
+            """
+            a value for 'stage' is missing (stage pre|post|all)
+            !msrwrite log stage   // nothing
+                               ^
+            """,
+        ),
+        (
+            "!msrwrite core zz",
+            """
+            'zz' is no core number (a number is hexadecimal; decimal ones begin with 0n)
+            !msrwrite core zz
+                           ^~
+            """,
+        ),
+        (
+            "!msrwrite core 100000000",
+            """
+            100000000 is too big for a core number; the biggest is ffffffff
+            !msrwrite core 100000000
+                           ^~~~~~~~~
+            """,
+        ),
+        (
+            "!msrwrite core 2 log",
+            """
+            there is no core 2; this machine has cores 0 to 1
+            !msrwrite core 2 log
+                      ^~~~~~
+            """,
+        ),
+        (
+            "!msrwrite stage past",
+            """
+            'past' is no value of 'stage': did you mean 'post'?
+            !msrwrite stage past
+                            ^~~~
+            """,
+        ),
+        (
+            "!msrwrite imm maybe",
+            """
+            'maybe' is no value of 'imm' (it is yes or no)
+            !msrwrite imm maybe
+                          ^~~~~
+            """,
+        ),
+        (
+            "!msrwrite sc 1",
+            """
+            '1' is no value of 'sc' (it is on or off)
+            !msrwrite sc 1
+                         ^
+            """,
+        ),
+        (
+            "!msrwrite sc on 10 stage all",
+            """
+            'sc on' needs 'stage pre': what has been executed cannot be short-circuited any more
+            !msrwrite sc on 10 stage all
+                      ^~~~~
+            """,
+        ),
+        (
+            "!msrwrite 10 { x }",
+            """
+            these braces belong to no option (before them stands script, condition, code or output)
+            !msrwrite 10 { x }
+                         ^~~~~
+            """,
+        ),
+    ],
+)
+def test_what_is_wrong_is_marked(typist: Typist, line: str, shown: str) -> None:
+    expected = "\n".join(text.removeprefix(" " * 12) for text in shown.strip("\n").splitlines()[:-1])
+    assert typist.fails(line) == expected
+    assert not list(typist.debugger.events)
+    assert not typist.link.events
+
+
+@pytest.mark.parametrize(
+    ("rest", "marked"),
+    [
+        ("pid 4", "pid 4"),
+        ("log pid 0n4 core 1", "pid 0n4"),
+        ("buffer 1000", "buffer 1000"),
+        ('script { printf("}"); }', 'script { printf("}"); }'),
+        ("script core 1 { x }", "script"),
+        ("condition {90 90}", "condition {90 90}"),
+        ("code {\\x90\\x90}", "code {\\x90\\x90}"),
+        ("code {0x9090C3}", "code {0x9090C3}"),
+        ("output { one, two }", "output { one, two }"),
+        ("asm code { nop; ret }", "asm"),
+        ("core 1 asm condition { nop }", "asm"),
+    ],
+)
+def test_what_is_not_available_yet(typist: Typist, rest: str, marked: str) -> None:
+    line = f"!msrwrite 10 {rest}"
+    message, source, mark = typist.fails(line).split("\n")
+    assert message == f"'{marked.split()[0]}' is not yet available"
+    assert source == line
+    assert mark == " " * line.index(marked) + "^" + "~" * (len(marked) - 1)
+    assert not list(typist.debugger.events)
+
+
+@pytest.mark.parametrize(
+    ("rest", "message", "marked"),
+    [
+        ("pid zz", "'zz' is no process ID", "zz"),
+        ("pid 100000000", "100000000 is too big for a process ID", "100000000"),
+        ("buffer all", "'all' is no buffer size in bytes", "all"),
+        ("script", "'script' needs something in braces behind it", "script"),
+        ("script {  }", "the braces of 'script' are empty", "{  }"),
+        ("code { nop }", "machine code is written as hexadecimal digits", "{ nop }"),
+        ("condition {9x}", "machine code is written as hexadecimal digits", "{9x}"),
+        ("asm condition { nop } asm", "'asm' stands before 'code' or 'condition'", "asm"),
+        ("output {a,,b}", "a name is missing between the commas", "{a,,b}"),
+        ("output {a,b,c,d,e,f}", "an event has 5 outputs at most, not 6", "{a,b,c,d,e,f}"),
+        ("asm", "'asm' stands before 'code' or 'condition'", "asm"),
+        ("script {x} stage past", "'past' is no value of 'stage'", "past"),
+        ("pid 4 zz", "'zz' is neither an MSR's number nor an option", "zz"),
+    ],
+)
+def test_a_wrong_value_is_told_before_that_it_is_not_available(typist: Typist, rest: str, message: str, marked: str) -> None:
+    line = f"!msrread 10 {rest}"
+    first, _, mark = typist.fails(line).split("\n")
+    assert first.startswith(message)
+    assert mark == " " * line.rindex(marked) + "^" + "~" * (len(marked) - 1)
+
+
+@pytest.mark.parametrize(
+    ("line", "missing", "message", "marked"),
+    [
+        ("!msrwrite 10", Capability.BREAK, "breaking is not possible", "!msrwrite"),
+        ("!msrwrite 10 log stage post", Capability.POST, "stage post is not possible", "stage post"),
+        ("!msrwrite 10 log sc on", Capability.SKIP, "short-circuiting is not possible", "sc on"),
+    ],
+)
+def test_what_the_machine_cannot_do(typist: Typist, line: str, missing: Capability, message: str, marked: str) -> None:
+    typist.link.capabilities = EVERYTHING & ~missing
+    first, _, mark = typist.fails(line).split("\n")
+    assert first.startswith(message)
+    assert mark == " " * line.index(marked) + "^" + "~" * (len(marked) - 1)

@@ -1,0 +1,228 @@
+"""Tests of how traps, stops, errors and sums look."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.commands.fakes import SKIPPED, Typist, record
+from vmexit.console.render import Columns, error_text, exit_text, notice_text, stop_text, summary_table
+from vmexit.debugger import Stop, StopReason
+from vmexit.errors import CommandError, TargetError
+from vmexit.guest.disassembly import Syntax
+from vmexit.link.rings import Records, joined
+from vmexit.link.wire import Access, Action, RecordFlag, Stage
+from vmexit.recording import Summary
+from vmexit.targets.base import Notice, NoticeKind
+from vmexit.trap import Trap, traps_of
+
+S = 1_000_000_000
+
+
+def trap(**fields: int) -> Trap:
+    """One trap; the fields are those of fakes.record."""
+    return next(traps_of(record(**fields)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("one", "line"),
+    [
+        (
+            trap(time_ns=12 * S + 345_678_900),
+            "    2.345678  0     pre   wrmsr  c0000082  ffffffff81a00080  0000000000101506",
+        ),
+        (
+            trap(time_ns=10 * S, core=0x1F, stage=Stage.POST, access=Access.RDMSR, msr=0x10, value=5),
+            "    0.000000  1f    post  rdmsr  00000010  0000000000000005  0000000000101506",
+        ),
+        (
+            trap(time_ns=10 * S, access=Access.RDMSR, value=0xDEAD),
+            "    0.000000  0     pre   rdmsr  c0000082  -                 0000000000101506",
+        ),
+        (
+            trap(time_ns=9 * S, flags=SKIPPED, rip=0xFFFFFFFF8103F2B7),
+            "    0.000000  0     pre   wrmsr  c0000082  ffffffff81a00080  ffffffff8103f2b7  short-circuited",
+        ),
+        (
+            trap(time_ns=1_234_567 * S),
+            "1234557.000000  0     pre   wrmsr  c0000082  ffffffff81a00080  0000000000101506",
+        ),
+    ],
+)
+def test_a_trap_in_a_line(one: Trap, line: str) -> None:
+    assert Columns(10 * S).line(one) == line
+
+
+def test_the_heading_stands_above_the_columns() -> None:
+    heading, line = Columns(0).heading(), Columns(0).line(trap())
+    for name, text in (
+        ("core", "0   "),
+        ("stage", "pre"),
+        ("MSR", "c0000082"),
+        ("value", "ffffffff81a00080"),
+        ("RIP", "0000000000101506"),
+    ):
+        assert heading.index(name) == line.index(f" {text}") + 1
+    assert heading.index("seconds") + len("seconds") == line.index("0.000000") + len("0.000000")
+
+
+def test_time_is_counted_from_the_first_trap_where_nothing_is_said() -> None:
+    columns = Columns()
+    assert columns.line(trap(time_ns=5 * S)).startswith("    0.000000 ")
+    assert columns.line(trap(time_ns=6 * S)).startswith("    1.000000 ")
+    assert Columns().lines(record(time_ns=5 * S)).startswith("    0.000000 ")
+
+
+_RECORDS = st.lists(
+    st.builds(
+        record,
+        time_ns=st.one_of(st.integers(0, 1 << 40), st.integers(0, 99_999 * S)),
+        core=st.integers(0, 0xFFFF),
+        access=st.sampled_from([Access.WRMSR, Access.RDMSR]),
+        stage=st.sampled_from([Stage.PRE, Stage.POST]),
+        msr=st.integers(0, 0xFFFF_FFFF),
+        value=st.integers(0, (1 << 64) - 1),
+        rip=st.integers(0, (1 << 64) - 1),
+        flags=st.sampled_from([0, 0, SKIPPED, int(RecordFlag.INTERRUPTED)]),
+    ),
+    min_size=1,
+    max_size=30,
+)
+
+
+@given(_RECORDS, st.integers(0, 1 << 50), st.booleans(), st.integers(1, 8))
+def test_many_at_once_look_like_one_after_another(records: list[Records], started: int, colour: bool, times: int) -> None:
+    """However many there are; above a certain number they are formatted all together."""
+    together = joined(records * times)
+    columns = Columns(started, colour=colour)
+    assert columns.lines(together).splitlines() == [columns.line(one) for one in traps_of(together)]
+
+
+def test_the_column_of_seconds_is_as_wide_as_the_longest_needs() -> None:
+    lines = Columns(0).lines(joined([record(time_ns=S)] * 60 + [record(time_ns=1_234_567 * S)])).splitlines()
+    assert lines[0].startswith("      1.000000  0 ")
+    assert lines[-1].startswith("1234567.000000  0 ")
+
+
+def test_no_records_no_lines() -> None:
+    assert Columns(0).lines(record()[:0]) == ""
+
+
+def test_colour_is_put_around_what_stands_there_anyway() -> None:
+    records = joined([record(flags=SKIPPED), record()] * 40)
+    plain, coloured = Columns(0).lines(records), Columns(0, colour=True).lines(records)
+    assert "\033[33m  short-circuited\033[0m\n" in coloured
+    for code in ("\033[2m", "\033[33m", "\033[0m"):
+        coloured = coloured.replace(code, "")
+    assert coloured == plain
+
+
+@pytest.fixture
+def stopped() -> Iterator[Typist]:
+    """Core 1 stands at a WRMSR in 64-bit code."""
+    typist = Typist()
+    typist.map(0x101000, b"\x0f\x30\x48\x89\xd8")
+    typist.put(1, rip=0x101000, cr0=0x80000001, efer=0x500)
+    typist.debugger.core = 1
+    yield typist
+    typist.close()
+
+
+def shown(typist: Typist, stop: Stop) -> list[str]:
+    return stop_text(typist.debugger, stop, Syntax.INTEL).split("\n")
+
+
+def test_a_break_before_the_instruction(stopped: Typist) -> None:
+    at = trap(rip=0x101000, core=1, event=0x1A, action=Action.BREAK)
+    assert shown(stopped, Stop(StopReason.BREAK, at)) == [
+        "event 1a triggered (pre) on core 1: wrmsr, MSR c0000082, value ffffffff81a00080",
+        "RIP   00000000`00101000 0F 30                               wrmsr",
+    ]
+    at = trap(rip=0x101000, core=1, access=Access.RDMSR, flags=SKIPPED)
+    assert shown(stopped, Stop(StopReason.BREAK, at))[0] == (
+        "event 0 triggered (pre) on core 1: rdmsr, MSR c0000082, value -, short-circuited"
+    )
+
+
+def test_a_break_after_the_instruction(stopped: Typist) -> None:
+    stopped.put(1, rip=0x101002)
+    at = trap(rip=0x101000, core=1, stage=Stage.POST)
+    assert shown(stopped, Stop(StopReason.BREAK, at)) == [
+        "event 0 triggered (post) on core 1: wrmsr, MSR c0000082, value ffffffff81a00080",
+        "done  00000000`00101000 0F 30                               wrmsr",
+        "RIP   00000000`00101002 48 89 D8                            mov rax, rbx   <- the guest goes on at RIP",
+    ]
+    interrupted = trap(rip=0x101000, core=1, stage=Stage.POST, flags=RecordFlag.INTERRUPTED)
+    assert shown(stopped, Stop(StopReason.BREAK, interrupted))[2].endswith("<- an interrupt came first; RIP is at its handler")
+
+
+def test_a_break_that_is_over_by_now_or_whose_code_cannot_be_read(stopped: Typist) -> None:
+    at = trap(rip=0x555000, core=1)
+    assert shown(stopped, Stop(StopReason.BREAK, at))[1] == "RIP   00000000`00555000"
+    stopped.target.runs = True
+    assert shown(stopped, Stop(StopReason.BREAK, at))[1] == "RIP   00000000`00555000"
+    assert shown(stopped, Stop(StopReason.PAUSED)) == ["halted, core 1"]
+
+
+def test_other_stops(stopped: Typist) -> None:
+    assert shown(stopped, Stop(StopReason.PAUSED)) == [
+        "halted, core 1",
+        "RIP   00000000`00101000 0F 30                               wrmsr",
+    ]
+    assert shown(stopped, Stop(StopReason.SHUTDOWN)) == ["halted: the guest has shut down"]
+    assert shown(stopped, Stop(StopReason.ENDED, exit_status=3)) == ["QEMU ended with status 3"]
+    assert stop_text(stopped.debugger, Stop(StopReason.SHUTDOWN), Syntax.INTEL, colour=True) == (
+        "\033[1mhalted: the guest has shut down\033[0m"
+    )
+
+
+@pytest.mark.parametrize(
+    ("status", "text"),
+    [
+        (0, "QEMU ended with status 0"),
+        (33, "QEMU ended with status 33"),
+        (-9, "QEMU was ended by signal 9 (SIGKILL)"),
+        (-99, "QEMU was ended by signal 99"),
+        (None, "QEMU has ended"),
+    ],
+)
+def test_how_qemu_ended(status: int | None, text: str) -> None:
+    assert exit_text(status) == text
+
+
+def test_notices() -> None:
+    assert notice_text(Notice(NoticeKind.RESET)) == "the machine was reset"
+    assert notice_text(Notice(NoticeKind.SHUTDOWN, "guest-shutdown")) == "the guest has shut down (guest-shutdown)"
+    assert notice_text(Notice(NoticeKind.PANICKED, "pause")) == "the guest has panicked (pause)"
+
+
+def test_errors() -> None:
+    error = CommandError("no", "g x", 2, 3)
+    assert error_text(error) == "no\ng x\n  ^"
+    assert error_text(error, "boot.vmx:3") == "boot.vmx:3: no\ng x\n  ^"
+    assert error_text(error, "-x", colour=True) == "\033[31m-x: no\033[0m\ng x\n  ^"
+    assert error_text(TargetError("gone")) == "gone"
+    assert error_text(TargetError("gone"), colour=True) == "\033[31mgone\033[0m"
+
+
+def test_the_table_of_sums(stopped: Typist) -> None:
+    summary = Summary()
+    summary.add(
+        joined(
+            [record(0, value=1), record(1, value=2, core=1), record(2, msr=0x10, access=Access.RDMSR)]
+            + [record(3 + i, event=1, stage=Stage.POST, value=i) for i in range(1000)]
+        )
+    )
+    stopped.types("!msrwrite")
+    assert summary_table(summary.rows(), stopped.debugger.events).splitlines()[:3] == [
+        "     MSR         stage  count  cores  first value       last value",
+        "      10  rdmsr  pre        1  0      -                 -",
+        "c0000082  wrmsr  pre        2  0 1    0000000000000001  0000000000000002",
+    ]
+    stopped.types("!msrwrite")
+    assert summary_table(summary.rows(), stopped.debugger.events).splitlines()[3] == (
+        "1      c0000082  wrmsr  post   1,000  0      0000000000000000  00000000000003e7"
+    )

@@ -1,0 +1,180 @@
+"""Tests of the command line: what it accepts, what it says, and its exit status."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vmexit import cli
+from vmexit.console import run as runs
+from vmexit.errors import TargetError, VmexitError
+from vmexit.setup.doctor import Check
+
+Shown = pytest.CaptureFixture[str]
+
+
+def test_version(capsys: Shown) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"vmexit {version('vmexit')}\n"
+
+
+def test_it_starts_quickly() -> None:
+    """Neither numpy nor QMP nor the prompt's library is loaded for that; the limit is generous for a busy machine."""
+    heavy = {"numpy", "capstone", "qemu", "prompt_toolkit"}
+    script = f"import sys; from vmexit.cli import main; main(['--version']); print(*{heavy} & set(sys.modules))"
+    before = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[1] == ""
+    assert time.monotonic() - before < 3
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["demo", "-h"], ["doctor", "-h"]])
+def test_help(arguments: list[str], capsys: Shown) -> None:
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().out.startswith("usage: vmexit")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ([], "what to do? run, eval, demo or doctor (see vmexit --help)"),
+        (["walk"], "argument ACTION: invalid choice: 'walk'"),
+        (["--bogus"], "unrecognized: --bogus"),
+        (["run"], "QEMU's arguments are missing: vmexit run [options] -- QEMU ARGUMENTS"),
+        (["run", "-m", "512"], "unrecognized: -m 512; QEMU's own arguments come behind --"),
+        (["run", "-m", "512", "--", "-smp", "2"], "unrecognized: -m 512; QEMU's own arguments come behind --"),
+        (["run", "disk.img"], "unrecognized: disk.img; QEMU's own"),
+        (["run", "-x"], "argument -x: expected one argument (see vmexit run --help)"),
+        (["run", "--bat", "--"], "unrecognized: --bat"),
+        (["run", "--script", "/nonexistent/file", "--"], "--script /nonexistent/file: No such file or directory"),
+        (["run", "--script", "/", "--"], "--script /: Is a directory"),
+        (["doctor", "--", "x"], "only 'vmexit run' takes arguments behind --"),
+        (["demo", "--kernel"], "argument --kernel: expected one argument"),
+    ],
+)
+def test_arguments_that_make_no_sense(arguments: list[str], error: str, capsys: Shown) -> None:
+    assert cli.main(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith(f"vmexit: {error}")
+    assert shown.err.count("\n") == 1
+
+
+class Runs:
+    """Stands in for a session; notes what it was told."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, result: int | BaseException = 0) -> None:
+        self.options: runs.Options | None = None
+        self._result = result
+        monkeypatch.setattr(runs, "run", self)
+
+    def __call__(self, options: runs.Options) -> int:
+        self.options = options
+        if isinstance(self._result, BaseException):
+            raise self._result
+        return self._result
+
+
+def told(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> runs.Options:
+    session = Runs(monkeypatch)
+    assert cli.main(["run", *arguments]) == 0
+    assert session.options
+    return session.options
+
+
+def test_what_stands_behind_the_dashes_is_qemus(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = told(monkeypatch, "--", "-m", "512", "--batch", "-x", "--", "-help")
+    assert options.arguments == ["-m", "512", "--batch", "-x", "--", "-help"]
+    assert not options.batch
+    assert options.qemu == "qemu-system-x86_64"
+    assert not options.commands
+    assert told(monkeypatch, "--").arguments == []
+
+
+def test_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = tmp_path / "s"
+    script.write_bytes(b"one {\r\n}\n\ntwo \xff // x\n")
+    options = told(
+        monkeypatch, "--qemu", "/q", "-x", "first", "--script", str(script), "--batch", "-x", "last {\n}\nreally", "--"
+    )
+    assert options.qemu == "/q"
+    assert options.batch
+    assert [(command.text, command.source, command.line) for command in options.commands] == [
+        ("first", "-x", None),
+        ("one {\n}", str(script), 1),
+        ("two \ufffd // x", str(script), 4),
+        ("last {\n}", "-x", None),
+        ("really", "-x", None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("result", "status", "error"),
+    [
+        (33, 33, ""),
+        (TargetError("no QEMU"), 1, "vmexit: no QEMU\n"),
+        (KeyboardInterrupt(), 130, ""),
+        (RuntimeError("a\nmistake"), 1, "vmexit: internal error: RuntimeError: a\\nmistake (test_cli.py:"),
+    ],
+)
+def test_exit_status(
+    monkeypatch: pytest.MonkeyPatch, capsys: Shown, result: int | BaseException, status: int, error: str
+) -> None:
+    Runs(monkeypatch, result)
+    assert cli.main(["run", "--"]) == status
+    shown = capsys.readouterr().err
+    assert shown.startswith(error)
+    assert shown.count("\n") == (1 if error else 0)
+
+
+def test_demo(monkeypatch: pytest.MonkeyPatch, capsys: Shown) -> None:
+    from vmexit import demo
+
+    kernels: list[Any] = []
+
+    def run(kernel: Path | None = None) -> int:
+        kernels.append(kernel)
+        if kernel == Path("/bad"):
+            raise VmexitError("this is no kernel")
+        return 0
+
+    monkeypatch.setattr(demo, "run", run)
+    assert cli.main(["demo"]) == 0
+    assert cli.main(["demo", "--kernel", "/boot/vmlinuz"]) == 0
+    assert cli.main(["demo", "--kernel", "/bad"]) == 1
+    assert kernels == [None, Path("/boot/vmlinuz"), Path("/bad")]
+    assert capsys.readouterr().err == "vmexit: this is no kernel\n"
+
+
+@pytest.mark.parametrize(("ok", "status"), [(True, 0), (None, 0), (False, 1)])
+def test_doctor(monkeypatch: pytest.MonkeyPatch, capsys: Shown, ok: bool | None, status: int) -> None:
+    from vmexit.setup import doctor
+
+    asked: list[object] = []
+
+    def checks(qemu: object = None) -> list[Check]:
+        asked.append(qemu)
+        return [Check("Python", True, "3.11"), Check("thing", ok, "detail")]
+
+    monkeypatch.setattr(doctor, "checks", checks)
+    assert cli.main(["doctor", "--qemu", "/q"]) == status
+    assert asked == ["/q"]
+    assert "Python" in capsys.readouterr().out
+
+
+def test_a_reader_that_has_had_enough() -> None:
+    command = f"{sys.executable} -m vmexit doctor | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, timeout=60)
+    assert done.stderr == ""
+    assert done.returncode in (0, 1, 141)
+
+
+def test_it_can_be_run_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "vmexit", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"vmexit {version('vmexit')}\n"

@@ -68,3 +68,13 @@ def test_a_reader_that_fails_leaves_nothing_open() -> None:
     os.write(write_end, b"line\n")
     reader.finish()
     os.close(write_end)
+
+
+def test_what_is_in_the_pipe_is_passed_on_when_it_has_settled() -> None:
+    pipe = Pipe()
+    for i in range(50):
+        os.write(pipe.fd, b"%d\n" % i)
+        pipe.reader.settle(10)
+        assert b"".join(pipe.got).endswith(b"%d\n" % i)
+    pipe.end()
+    pipe.reader.settle(10)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import hashlib
+import os
 import shlex
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -71,11 +74,23 @@ def _build(name: str, sources: Sequence[Path], options: Sequence[str], sanitizer
     target = cache_folder().parent / "agent" / f"{name}-{digest.hexdigest()[:20]}"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=target.parent) as folder:
-            fresh = Path(folder, name)
-            _run(*command, *map(str, sources), "-ldl", "-o", str(fresh))
-            fresh.replace(target)
+        with _alone_in(target.parent), tempfile.TemporaryDirectory(prefix=f".{name}-", dir=target.parent) as folder:
+            if not target.exists():
+                fresh = Path(folder, name)
+                _run(*command, *map(str, sources), "-ldl", "-o", str(fresh))
+                fresh.replace(target)
     return target
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keeps test workers from building the same thing at the same time."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _run(*command: str) -> str:

@@ -8,6 +8,9 @@
 #include "fake_host.h"
 
 #include <dlfcn.h>
+#include <errno.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <poll.h>
 #include <pthread.h>
 #include <stdarg.h>
@@ -15,6 +18,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 /* The oldest plugin API version that each still takes. */
@@ -327,6 +332,20 @@ static void main_loop(void)
 
 /* ---- start ---- */
 
+/* A kernel, or a container, that has no membarrier(2). */
+static void forbid_membarrier(void)
+{
+    struct sock_filter code[] = {
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_membarrier, 0, 1),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | ENOSYS),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+    };
+    struct sock_fprog program = {.len = sizeof code / sizeof *code, .filter = code};
+    if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0 || prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) != 0)
+        die("no system call can be forbidden here");
+}
+
 static void read_option(char *option)
 {
     unsigned number;
@@ -348,6 +367,8 @@ static void read_option(char *option)
         guest.logs = number;
     else if (sscanf(option, "slow_stop=%u", &number) == 1)
         options.slow_stop_ms = number;
+    else if (strcmp(option, "membarrier=0") == 0)
+        forbid_membarrier();
     else
         die("no such option: %s", option);
 }

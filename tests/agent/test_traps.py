@@ -153,6 +153,23 @@ def test_several_ranges_and_cores(host: FakeHost, link: Link) -> None:
     assert column(records[2:], "rsp") == [(TOP - 512,)] * 5
 
 
+@pytest.mark.parametrize("others", [(), (event(9, stages=Stage.POST),)], ids=["recording", "with a post stage"])
+def test_overlapping_ranges_are_one_event(host: FakeHost, link: Link, others: tuple[bytes, ...]) -> None:
+    """Also behind an event that does not match, and where its last range is the one that does."""
+    link.set_events(
+        [
+            event(1, (0x50, 0x60), (0x70, 0x80)),
+            event(2, (0x10, 0x20), (0x15, 0x30), (0x15, 0x15), (0x18, 0x18)),
+            event(3, (0x90, 0x90), (0x18, 0x18)),
+            *others,
+        ]
+    )
+    host.run(wrmsr(0x15, 1) + wrmsr(0x18, 2) + wrmsr(0x30, 3) + wrmsr(0x31, 4))
+    records = link.rings.drain()
+    assert column(records[records["stage"] == Stage.PRE], "event", "value") == [(2, 1), (2, 2), (3, 2), (2, 3)]
+    assert [link.rings.hits(slot) for slot in range(3)] == [0, 3, 1]
+
+
 def test_hits_are_counted_in_the_slot(host: FakeHost, link: Link) -> None:
     link.set_events([event(1, slot=255), event(2, (0x20, 0x20), slot=3)])
     host.run(loop(10, wrmsr(0x10, 1)) + wrmsr(0x20, 2), vcpu=0)

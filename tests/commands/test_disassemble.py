@@ -104,7 +104,7 @@ def test_what_is_not_mapped(coded: Typist) -> None:
     assert coded.fails("u 1000") == "nothing is mapped at 00000000`00001000\nu 1000\n  ^~~~"
     coded.put(rip=0x2000)
     assert coded.fails("u") == "nothing is mapped at 00000000`00002000\nu\n^"
-    assert coded.fails("!u l 1").startswith("where? (a physical address)")
+    assert coded.fails("!u l 1").startswith("'!u' needs an address")
 
 
 def test_bytes_that_are_no_instruction(coded: Typist) -> None:

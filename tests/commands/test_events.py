@@ -72,13 +72,13 @@ def test_sc_is_about_the_current_core(typist: Typist, word: str, skip: bool) -> 
     [
         ("events x", "'x' is nothing that can be done to events", 7, 1),
         ("events clear 1", "'clear' is nothing that can be done to events", 7, 5),
-        ("events e", "which? (an event's number or all)", 8, 1),
-        ("events sc", "which? (on or off)", 9, 1),
+        ("events e", "'events e' needs an event number or all", 8, 1),
+        ("events sc", "'events sc' needs on or off", 9, 1),
         ("events sc maybe", "'maybe' is no value of 'sc' (it is on or off)", 10, 5),
         ("events d 7", "there is no event 7 (there are: 0 1 2)", 9, 1),
-        ("events d g", "'g' is no event's number", 9, 1),
+        ("events d g", "'g' is no event number", 9, 1),
         ("events d 1 2 3", "'events' takes 2 arguments at most", 11, 3),
-        ("events d {1}", "'1' is no event's number", 9, 3),
+        ("events d {1}", "'1' is no event number", 9, 3),
     ],
 )
 def test_what_is_wrong(three: Typist, line: str, message: str, column: int, width: int) -> None:

@@ -99,12 +99,12 @@ def test_the_end_of_the_address_space(typist: Typist) -> None:
 @pytest.mark.parametrize(
     ("line", "message", "column", "width"),
     [
-        ("db", "where? (an address or a register)", 2, 1),
-        ("db l 10", "where? (an address or a register)", 7, 1),
+        ("db", "'db' needs an address", 2, 1),
+        ("db l 10", "'db' needs an address", 7, 1),
         ("db rsp l", "a length is missing (l LENGTH, in bytes)", 8, 1),
         ("db rsp l xyz", "'xyz' is no length in bytes", 9, 3),
         ("db rsp l 0", "a length is 1 or more", 9, 1),
-        ("db rsp l 100001", "100001 is too big for a length in bytes; the biggest is 100000", 9, 6),
+        ("db rsp l 100001", "100001 is too big: the biggest length in bytes is 100000", 9, 6),
         ("db rsp l 10 20", "'20' is one word too many", 12, 2),
         ("db rsp l 10 pid 4", "'pid' is not yet available (addresses are those of the current core)", 12, 3),
         ("db rsp pid 4", "'pid' is not yet available (addresses are those of the current core)", 7, 3),

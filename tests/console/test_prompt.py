@@ -179,6 +179,19 @@ def test_ctrl_c_ends_a_sleep(tmp_path: Path) -> None:
         at.enters("~", r"current core: 0")
 
 
+def test_ctrl_c_ends_a_long_text_at_a_slow_terminal(tmp_path: Path) -> None:
+    _, arguments = guest_arguments("sequence")
+    with terminal(tmp_path, arguments, "-x", "!msrwrite 174", "-x", "g") as at:
+        at.waits_for(PROMPT)
+        at.speed = 20_000
+        at.types("db 100000 l 20000\r")
+        at.waits_for("00000000`00100010")
+        at.types("\x03")
+        at.waits_for(r"\.\.\. interrupted\s+0: vmexit> *$", seconds=10)
+        at.speed = float("inf")
+        at.enters("~", "current core: 0")
+
+
 def test_a_break_in_batch_mode_at_a_terminal_does_not_ask(tmp_path: Path) -> None:
     _, arguments = guest_arguments("sequence")
     with terminal(tmp_path, arguments, "--batch", "-x", "!msrwrite 174") as at:

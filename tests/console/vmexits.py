@@ -150,9 +150,9 @@ class Terminal:
 
     def close(self) -> None:
         """Ends what is still there."""
+        left = children(self.process.pid)  # the guest outlives a debugger that is killed
         if self.process.poll() is None:
             self.process.kill()
-        left = children(self.process.pid)
         self.process.wait()
         for pid in left:
             with contextlib.suppress(ProcessLookupError):

@@ -75,7 +75,7 @@ class Arguments:
         if number is None or token.kind is TokenKind.BLOCK:
             raise self.error(f"'{token.text}' is no {what}", token, hint="a number is hexadecimal; decimal ones begin with 0n")
         if number > most:
-            raise self.error(f"{token.text} is too big for a {what}; the biggest is {most:x}", token)
+            raise self.error(f"{token.text} is too big: the biggest {what} is {most:x}", token)
         return number
 
     def choice(self, token: Token, choices: Sequence[str], what: str) -> str:

@@ -47,7 +47,7 @@ Without an address it begins at RIP, and goes on from there when it is repeated.
             known, address = session.next_code.get(physical, (None, here))
             if known != stopped_at:
                 if physical:
-                    raise arguments.missing("where?", "a physical address")
+                    raise arguments.missing(f"'{arguments.name}' needs an address")
                 address = here
         length = min(place.length or _LENGTH, LAST_ADDRESS + 1 - address)
         data = read_up_to(session.debugger, address, length + LONGEST_INSTRUCTION - 1, physical=physical)

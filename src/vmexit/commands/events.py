@@ -50,7 +50,7 @@ What is changed while the machine is halted holds from the next instruction on."
                 hint=did_you_mean(word, _ACTIONS) or "e, d, c or sc; without any of them the events are listed",
             )
         if not rest:
-            raise arguments.missing("which?", "on or off" if word == "sc" else "an event's number or all")
+            raise arguments.missing(f"'events {word}' needs {'on or off' if word == 'sc' else 'an event number or all'}")
         arguments.at_most(2)
         if word == "sc":
             skip = arguments.choice(rest[0], ("on", "off"), "value of 'sc'") == "on"
@@ -80,7 +80,7 @@ def _named(session: Session, arguments: Arguments) -> list[Event]:
     token = arguments.tokens[1]
     if token.lower == "all":
         return list(session.debugger.events)
-    number = arguments.number(token, "event's number")
+    number = arguments.number(token, "event number")
     event = session.debugger.events.get(number)
     if event is None:
         numbers = " ".join(f"{event.number:x}" for event in session.debugger.events)

@@ -63,4 +63,6 @@ def explanation(info: Info) -> str:
 
 
 def _wrapped(text: str, indent: int = 0) -> str:
-    return textwrap.fill(" ".join(text.split()), _WIDTH, initial_indent=" " * indent, subsequent_indent=" " * indent)
+    return textwrap.fill(
+        " ".join(text.split()), _WIDTH, break_on_hyphens=False, initial_indent=" " * indent, subsequent_indent=" " * indent
+    )

@@ -110,7 +110,7 @@ Without an address it goes on where the last one of them ended.""",
         place = parse_place(session, arguments)
         address = session.next_data.get(physical) if place.address is None else place.address
         if address is None:
-            raise arguments.missing("where?", "an address or a register")
+            raise arguments.missing(f"'{arguments.name}' needs an address")
         # Whole units, of which the first ends within the address space.
         length = min(-(-(place.length or _LENGTH) // unit) * unit, LAST_ADDRESS + 1 - address)
         data = read_up_to(session.debugger, address, length, physical=physical)

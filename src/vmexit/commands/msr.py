@@ -41,12 +41,12 @@ class _MsrCommand(Command):
         msr: int | None = None
         for token in options.rest:
             if token.kind is not token.kind.NUMBER:
-                raise event_options.unknown(arguments, token, "an MSR's number")
+                raise event_options.unknown(arguments, token, "an MSR number")
             if msr is not None:
                 raise arguments.error(
                     "one command traps one MSR", token, hint="make another event for this one, or name none to trap all"
                 )
-            msr = arguments.number(token, "MSR's number", LAST_MSR)
+            msr = arguments.number(token, "MSR number", LAST_MSR)
         return MsrSet.all_but(self._UNNAMED) if msr is None else MsrSet.of(msr)
 
     def _success(self, event: Event, options: event_options.EventOptions) -> str:

@@ -62,6 +62,6 @@ class Sleep(Command):
 
     def run(self, session: Session, arguments: Arguments) -> None:
         if not arguments.tokens:
-            raise arguments.missing("how long?", "in milliseconds, hexadecimal")
+            raise arguments.missing("'sleep' needs a number of milliseconds")
         arguments.at_most(1)
         session.driver.sleep(arguments.number(arguments.tokens[0], "number of milliseconds") / 1000)

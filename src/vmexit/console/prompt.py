@@ -36,6 +36,7 @@ from vmexit.errors import VmexitError
 
 _POLL_S = 0.05
 _JOIN_S = 2.0
+_AT_ONCE = 4096
 
 # What a guest may do to a terminal: colours stay, all else (moving the cursor, clearing) would tear the line being typed.
 _COLOUR = r"\x1b\[[0-9;:]*m"
@@ -170,8 +171,10 @@ class Interactive:
         self._feed = feed
         self._leaving = False
         self._woken = threading.Event()
+        """Ctrl-C was pressed since the last command was entered."""
         self._has_told = False
         session.driver = self
+        session.emit = self._emit
         self._prompt: PromptSession[str] = PromptSession(
             message=self._message,
             multiline=Condition(lambda: not is_complete(self._prompt.default_buffer.text)),
@@ -191,6 +194,16 @@ class Interactive:
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         asyncio.run(self._run())
 
+    def _emit(self, text: str) -> None:
+        """Shows what a command says; a long text piece by piece, so that Ctrl-C can end it."""
+        while text:
+            if self._woken.is_set():
+                self._screen.write("... interrupted")
+                return
+            end = text.find("\n", _AT_ONCE) + 1 or len(text)
+            self._screen.write(text[:end])
+            text = text[end:]
+
     # ---- driving ----
 
     def go(self) -> None:
@@ -207,7 +220,6 @@ class Interactive:
 
     def sleep(self, seconds: float) -> None:
         """Waits, but no longer than to the next Ctrl-C."""
-        self._woken.clear()
         self._woken.wait(min(seconds, threading.TIMEOUT_MAX))
 
     def leave(self) -> None:
@@ -279,10 +291,11 @@ class Interactive:
 
     def _carry_out(self, text: str, done: asyncio.Future[None]) -> None:
         """Carries out what was typed or pasted, in a thread of its own."""
+        self._woken.clear()
         try:
             for _, command in commands_of(text.split("\n")):
                 registry.execute(self._session, command)
-                if self._leaving:
+                if self._leaving or self._woken.is_set():
                     break
         except VmexitError as error:
             self._screen.error(error_text(error, colour=self._screen.colour))

@@ -205,11 +205,12 @@ class _Run:
             self._screen.error("the machine is halted, as -S asks for; it runs once another monitor continues it")
         while debugger.state is not State.ENDED:
             self._feed.work(_POLL_S)
-            if debugger.state is State.HALTED and debugger.stop is not None:
-                if debugger.stop.reason is StopReason.SHUTDOWN:
-                    return
-                if debugger.stop.reason is StopReason.BREAK:
-                    debugger.go()
+            # Where two vCPUs have stopped at once, the first ``go`` only brings the second stop.
+            while (stop := debugger.stop) is not None and stop.reason is StopReason.BREAK:
+                debugger.go()
+                self._feed.flush()
+            if stop is not None and stop.reason is StopReason.SHUTDOWN:
+                return
 
     def _type(self) -> None:
         """A person types at the prompt."""

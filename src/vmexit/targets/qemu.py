@@ -18,7 +18,7 @@ from pathlib import Path
 
 from qemu.qmp import Message
 
-from vmexit.errors import LinkError, TargetError, UsageError, VmexitError
+from vmexit.errors import LinkError, TargetError, UsageError
 from vmexit.link.client import Link
 from vmexit.link.wire import Capability
 from vmexit.output import OutputReader
@@ -37,6 +37,7 @@ _NOTICES = {
     "GUEST_PANICKED": NoticeKind.PANICKED,
 }
 _QUIT_S = 3.0
+_GONE_S = 2.0
 _SETTLE_S = 0.05
 
 # What QEMU says, and what that means for somebody who wants traps.
@@ -119,13 +120,15 @@ class Qemu:
                 self._process = self._spawn(binary, arguments, listening.fileno(), theirs.fileno(), stdin)
             theirs.close()
             try:
-                self.link = self._connect(path)
+                self.link = Link(path)
                 self._qmp = Qmp(ours.dup())
                 self._check()
             except BaseException as error:
+                # Most often QEMU did not like an argument; then it says so and is gone in a moment.
+                has_ended = isinstance(error, LinkError | TargetError) and self._wait(_GONE_S)
                 self.close()
-                if isinstance(error, LinkError | TargetError) and not isinstance(error, UsageError):
-                    raise self._explained(error) from None
+                if has_ended:
+                    raise self._explained() from None
                 raise
         self._started()
 
@@ -179,15 +182,6 @@ class Qemu:
         if self._errors:
             self._on_stderr(b"".join(self._errors))
 
-    def _connect(self, path: Path) -> Link:
-        try:
-            return Link(path)
-        except LinkError:
-            # Most often QEMU did not like an argument; then it says so and is gone in a moment.
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(2)
-            raise
-
     def _check(self) -> None:
         version = self.query("query-version")
         numbers = version.get("qemu", {}) if isinstance(version, dict) else {}
@@ -203,10 +197,8 @@ class Qemu:
             # Should the debugger die before the machine has begun, it begins without it.
             self.link.hold(True)
 
-    def _explained(self, error: VmexitError) -> VmexitError:
-        """What QEMU itself had to say, if it has ended, in place of what its end looked like from here."""
-        if self._process.returncode is None:
-            return error
+    def _explained(self) -> TargetError:
+        """Why QEMU has ended, as it said itself."""
         said = b"".join(self._errors).decode(errors="replace")
         for pattern, meaning in _KNOWN_FAILURES:
             if pattern.search(said):

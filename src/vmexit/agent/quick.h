@@ -89,7 +89,8 @@ static inline void fetch_back(const struct vcpu *vcpu)
 static inline bool quick_pre(unsigned index, unsigned access, unsigned length, uint64_t rip, const uint64_t *registers)
 {
     struct vcpu *vcpu = &core.vcpus[index];
-    /* As table_enter does; without membarrier(2) no table is quick. */
+    if (!core.has_membarrier)
+        return false; /* what follows is table_enter without its fence */
     const struct table *table = __atomic_load_n(&core.table, __ATOMIC_ACQUIRE);
     __atomic_store_n(&vcpu->reading, table, __ATOMIC_RELAXED);
     __atomic_signal_fence(__ATOMIC_SEQ_CST);

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+import socket
 from pathlib import Path
 
 import pytest
@@ -135,8 +135,20 @@ def test_somebody_else_resumes_and_pauses_it(tmp_path: Path) -> None:
     arguments = [*TCG, *qemu_arguments(build("hang")), "-monitor", f"unix:{monitor},server=on,wait=off"]
 
     def say(command: str) -> None:
-        program = f"import socket;s=socket.socket(1);s.connect({str(monitor)!r});s.recv(99);s.send(b'{command}\\n');s.recv(99)"
-        subprocess.run(["python3", "-c", program], check=True, timeout=20)
+        """Returns once the monitor has carried it out, which its next prompt tells."""
+        with socket.socket(socket.AF_UNIX) as peer:
+            peer.settimeout(20)
+            peer.connect(str(monitor))
+            wait_for_prompt(peer)
+            peer.send(command.encode() + b"\n")
+            wait_for_prompt(peer)
+
+    def wait_for_prompt(peer: socket.socket) -> None:
+        said = b""
+        while not said.endswith(b"(qemu) "):
+            data = peer.recv(4096)
+            assert data, said
+            said += data
 
     with Debugger(Qemu(arguments, output=Output())) as debugger:
         debugger.run(timeout=0.2)

@@ -33,6 +33,7 @@ CASES = (
     Case("gdb", "gdb: a Python breakpoint each", 3_000, base="plain"),
     Case("unicorn", "Unicorn: a Python hook each", 100_000, base="plain"),
     Case("boot-plain", "Linux boot: QEMU without the agent", 1, base="boot-plain", by_event=False),
+    Case("boot-idle", "Linux boot: a QEMU plugin that does nothing", 1, base="boot-plain", by_event=False),
     Case("boot-recorded", "Linux boot: every MSR access recorded", 1, base="boot-plain", by_event=False),
 )
 ROUNDS = 5

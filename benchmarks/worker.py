@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from benchmarks.common import ROOT, BenchmarkError, Sample
 from benchmarks.loop import HIGH, MSR, Loop
-from benchmarks.machine import MemoryWatch, PlainMachine, children_cpu_seconds, most_memory, stopwatch
+from benchmarks.machine import QEMU, MemoryWatch, PlainMachine, children_cpu_seconds, most_memory, stopwatch
 
 if TYPE_CHECKING:
     # What is not measured is not loaded either: each case has its process's memory to itself.
@@ -62,6 +62,24 @@ def plain(count: int, _: list[str]) -> Sample:
 def boot_plain(_: int, arguments: list[str]) -> Sample:
     """Linux under QEMU as it comes."""
     return _plain(arguments, _check_boot, 0)
+
+
+def boot_idle(_: int, arguments: list[str]) -> Sample:
+    """Linux under QEMU with a plugin that looks at translated code and does nothing."""
+    with tempfile.TemporaryDirectory(prefix="vmexit-bench-") as folder:
+        return _plain([*arguments, "-plugin", _idle_plugin(Path(folder))], _check_boot, 0)
+
+
+def _idle_plugin(folder: Path) -> str:
+    """The library, built for the first version of the plugin interface that this QEMU takes."""
+    for api in range(1, 9):
+        path = folder / f"idle-{api}.so"
+        flags = ("-O2", "-shared", "-fPIC", f"-DPLUGIN_API={api}")
+        subprocess.run(["gcc", *flags, str(ROOT / "benchmarks" / "idle_plugin.c"), "-o", str(path)], check=True)
+        probe = [QEMU, "-accel", "tcg", "-machine", "none", "-display", "none", "-plugin", str(path), "-device", "help"]
+        if subprocess.run(probe, stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode == 0:
+            return str(path)
+    raise BenchmarkError("QEMU takes no plugin")
 
 
 # ---- vmexit ----
@@ -243,6 +261,7 @@ RUNNERS: dict[str, Callable[[int, list[str]], Sample]] = {
     "gdb": gdb,
     "unicorn": unicorn,
     "boot-plain": boot_plain,
+    "boot-idle": boot_idle,
     "boot-recorded": boot_recorded,
 }
 

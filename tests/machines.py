@@ -39,7 +39,7 @@ class Output:
 def guest_arguments(
     name: str, vcpus: int = 1, *, thread: str = "multi", machine: str = "microvm", **defines: int | str
 ) -> tuple[Path, list[str]]:
-    """The image of a bare-metal guest and QEMU's arguments for it. The firmware of microvm is short; that of QEMU 7.2 accesses no MSR."""
+    """The image of a bare-metal guest and QEMU's arguments for it. The firmware of microvm is short."""
     image = build(name, **defines)
     return image, ["-accel", f"tcg,thread={thread}", *qemu_arguments(image, vcpus, machine=machine)]
 

@@ -14,7 +14,6 @@ from types import TracebackType
 
 import numpy as np
 
-from vmexit import program
 from vmexit.errors import LinkError, TargetError, VmexitError
 from vmexit.events.event import Callback, Event
 from vmexit.events.msrs import UNNAMED_READS, UNNAMED_WRITES, MsrSet
@@ -23,7 +22,11 @@ from vmexit.guest.disassembly import Mode, mode_of
 from vmexit.link.client import RequestError
 from vmexit.link.rings import Records
 from vmexit.link.wire import Access, Action, Stage, Status
+from vmexit.prints import Printed, printed
+from vmexit.program import Program, check
 from vmexit.recording import Recording, Summary
+from vmexit.script.compile import CompiledScript, Compiler
+from vmexit.script.runtime import DEFAULT_STACK, DEFAULT_STEPS, check_limits
 from vmexit.targets.base import Notice, NoticeKind, Target
 from vmexit.trap import LiveTrap, Registers, Trap, traps_of
 
@@ -32,6 +35,7 @@ _POLL_S = 0.05
 _HALT_S = 20.0
 _SPIN_S = 0.0005
 _RECORD = int(Action.RECORD)  # an operation on plain numbers takes a tenth of the time
+_TEXT = int(Action.PRINT | Action.FAULT)
 _NOTICES_S = 0.01
 _KEPT = 200_000
 
@@ -80,6 +84,14 @@ Listener = Callable[[list[Trap]], None]
 """Gets the records of events, oldest first."""
 RecordListener = Callable[[Records], None]
 """Gets the same as the wire has them (link.wire.RECORD), which is much cheaper."""
+PrintListener = Callable[[Printed], None]
+"""Gets what scripts print, and why a run of one was ended."""
+
+
+def _runs(records: Records) -> Iterator[Records]:
+    """The records in pieces, each of records in a row that have the same action."""
+    ends = np.flatnonzero(records["action"][1:] != records["action"][:-1]) + 1
+    yield from np.split(records, ends)
 
 
 class Debugger:
@@ -106,10 +118,17 @@ class Debugger:
         """Called for what the machine tells of itself and that is no stop: a reset, a panic."""
         self.listeners: list[Listener] = []
         self.record_listeners: list[RecordListener] = []
+        self.print_listeners: list[PrintListener] = []
+        self.compiler = Compiler()
+        """Of the session's scripts, which share their global variables."""
+        self.script_steps = DEFAULT_STEPS
+        self.script_stack = DEFAULT_STACK
+        """What a run may take; see set_script_limits."""
         self.started_ns: int | None = None
         """When the machine first ran, by the clock of Trap.time_ns; None: it has not."""
         self.overflow = Overflow.WAIT
         self._rings = target.link.rings
+        self._program = Program(target.link, self.events)
         self._breaks: deque[Trap] = deque()
         self._shut_down = False
         self._halting = False
@@ -138,7 +157,7 @@ class Debugger:
         with self.lock:
             event.check()
             self._check_alive()
-            program.check(event, self.target.link.capabilities, self.target.vcpus, self.target.name)
+            check(event, self.target.link.capabilities, self.target.vcpus, self.target.name)
             self.events.add(event)
             self._rings.clear_hits(event.slot)
             try:
@@ -155,16 +174,20 @@ class Debugger:
         *,
         core: int | None = None,
         stage: Stage = Stage.PRE,
+        script: str | CompiledScript | None = None,
         short_circuit: bool = False,
         immediate: bool = False,
         keep: int = _KEPT,
     ) -> Event:
-        """Traps WRMSR: calls ``callback`` with each, or records it.
+        """Traps WRMSR: calls ``callback`` with each, runs ``script`` at each, or both; else records it.
 
         ``msr``: one address, a range of them, or None for all but those that are written all the time (events.msrs). ``core``:
-        a vCPU's index, None for all. ``keep``: so many of the newest records stay in ``event.recording``; none with a callback.
+        a vCPU's index, None for all. ``script``: text of the script language, which runs in the vCPU's thread, before the
+        callback; what it prints goes to ``print_listeners``. ``keep``: so many of the newest records stay in
+        ``event.recording``; none with a callback or script. Raises VmexitError where it cannot be, ScriptError (one of these)
+        for a script that does not compile.
         """
-        return self._on_access(Access.WRMSR, msr, callback, core, stage, short_circuit, immediate, keep)
+        return self._on_access(Access.WRMSR, msr, callback, core, stage, script, short_circuit, immediate, keep)
 
     def on_msr_read(
         self,
@@ -173,12 +196,13 @@ class Debugger:
         *,
         core: int | None = None,
         stage: Stage = Stage.PRE,
+        script: str | CompiledScript | None = None,
         short_circuit: bool = False,
         immediate: bool = False,
         keep: int = _KEPT,
     ) -> Event:
         """Traps RDMSR; as on_msr_write. What was read is to be seen, and changed, in Stage.POST."""
-        return self._on_access(Access.RDMSR, msr, callback, core, stage, short_circuit, immediate, keep)
+        return self._on_access(Access.RDMSR, msr, callback, core, stage, script, short_circuit, immediate, keep)
 
     def _on_access(
         self,
@@ -187,10 +211,14 @@ class Debugger:
         callback: Callback | None,
         core: int | None,
         stage: Stage,
+        script: str | CompiledScript | None,
         short_circuit: bool,
         immediate: bool,
         keep: int,
     ) -> Event:
+        if isinstance(script, str):
+            script = self.compiler.compile(script)
+        action = (Action.ASK if callback else Action(0)) | (Action.SCRIPT if script else Action(0))
         if msr is None:
             msrs = MsrSet.all_but(UNNAMED_WRITES if access == Access.WRMSR else UNNAMED_READS)
         elif isinstance(msr, int):
@@ -203,18 +231,21 @@ class Debugger:
                 msrs=msrs,
                 stage=stage,
                 core=core,
-                action=Action.ASK if callback else Action.RECORD,
+                action=action or Action.RECORD,
                 callback=callback,
+                script=script,
                 short_circuit=short_circuit,
                 immediate=immediate,
                 text=f"on_msr_{'write' if access == Access.WRMSR else 'read'}({msrs})",
-                recording=None if callback else Recording(keep),
+                recording=None if action else Recording(keep),
             )
         )
 
     def enable(self, event: Event, enabled: bool = True) -> None:
         """Enables or disables an event, from the next instruction on."""
         with self.lock:
+            self._program.sync()
+            self._check_present(event)
             was, event.enabled = event.enabled, enabled
             try:
                 self._push()
@@ -225,8 +256,14 @@ class Debugger:
     def clear(self, event: Event) -> None:
         """Removes an event for good, from the next instruction on."""
         with self.lock:
+            self._program.sync()
+            self._check_present(event)
             self.events.remove(event)
             self._push()
+
+    def _check_present(self, event: Event) -> None:
+        if event.number not in self.events:
+            raise VmexitError(f"there is no event {event.number:x} any more: it has been cleared")
 
     def hits(self, event: Event) -> int:
         """How often the event has been triggered."""
@@ -246,9 +283,27 @@ class Debugger:
             self.target.link.set_overflow(overflow == Overflow.DROP)
             self.overflow = overflow
 
+    def set_script_limits(self, steps: int | None = None, stack: int | None = None) -> None:
+        """Chooses what a run of a script may take: steps (turns of loops, calls, 64 bytes copied), bytes of the native stack.
+
+        Holds from the next run on. Raises VmexitError for what makes no sense.
+        """
+        steps = self.script_steps if steps is None else steps
+        stack = self.script_stack if stack is None else stack
+        check_limits(steps, stack)
+        with self.lock:
+            if self.state != State.ENDED:
+                self.target.link.set_script_limits(steps, stack)
+            self.script_steps, self.script_stack = steps, stack
+
+    def sync_events(self) -> None:
+        """Takes over what scripts have made of the events (event_enable, event_disable, event_clear); ``pump`` does so, too."""
+        with self.lock:
+            self._program.sync()
+
     def _push(self) -> None:
         if self.state != State.ENDED:
-            self.target.link.set_events([program.lower(event) for event in self.events])
+            self._program.push()
 
     def _check_alive(self) -> None:
         if self.state == State.ENDED:
@@ -462,6 +517,7 @@ class Debugger:
         if actions and now < self._look_for_notices:
             return is_more
         self._look_for_notices = now + _NOTICES_S
+        self._program.sync()
         self._take_link_notices()
         notices = self.target.notices()
         for notice in notices:
@@ -491,31 +547,43 @@ class Debugger:
     # ---- records ----
 
     def _take(self, records: Records) -> int:
-        self.summary.add(records)
         # A question mostly comes alone, and for one record numpy is slow.
         actions = int(records["action"][0] if len(records) == 1 else np.bitwise_or.reduce(records["action"]))
-        if actions & _RECORD:
+        if (actions & (actions - 1)) == 0:
+            self._take_alike(records, actions)
+            return actions
+        for part in _runs(records):
+            self._take_alike(part, int(part["action"][0]))
+        return actions
+
+    def _take_alike(self, records: Records, action: int) -> None:
+        """Deals with records of one action."""
+        if action & _TEXT:
+            self._print(records)
+            return
+        self.summary.add(records)
+        if action == _RECORD:
             self._keep(records)
-        if self.record_listeners and actions & _RECORD:
-            mine = records if actions == _RECORD else records[records["action"] == _RECORD]
             for listener in list(self.record_listeners):
                 with self._keeping_errors():
-                    listener(mine)
-        if actions == Action.RECORD and not self.listeners:
-            return actions
-        batch: list[Trap] = []
+                    listener(records)
+            if self.listeners:
+                self._tell(list(traps_of(records)))
+            return
         for trap in traps_of(records):
-            if trap.action == Action.RECORD:
-                batch.append(trap)
-                continue
-            self._tell(batch)
-            batch = []
-            if trap.action == Action.ASK:
+            if action == Action.ASK:
                 self._ask(trap)
             else:
                 self._breaks.append(trap)
-        self._tell(batch)
-        return actions
+
+    def _print(self, records: Records) -> None:
+        for text in printed(records, self._rings, self._program.scripts):
+            if text.fault is not None and (event := self.events.get(text.event)) is not None:
+                event.faults += 1
+            for listener in list(self.print_listeners):
+                with self._keeping_errors():
+                    listener(text)
+        self._rings.release_text(records)
 
     def _keep(self, records: Records) -> None:
         for event in self.events:

@@ -1,18 +1,27 @@
-"""An event as the agent runs it: from what the user means to what goes over the wire."""
+"""The events as the agent runs them: from what the user means to what goes over the wire, and what scripts have made of them."""
 
 from __future__ import annotations
 
-from vmexit.errors import VmexitError
+import os
+
+from vmexit.errors import LinkError, VmexitError
 from vmexit.events.event import Event, EventError
+from vmexit.events.table import EventTable
 from vmexit.link import wire
-from vmexit.link.wire import Action, Capability, EventFlag, Stage
+from vmexit.link.client import Link, RequestError
+from vmexit.link.wire import Action, Capability, EventFlag, EventState, Stage, Status
+from vmexit.script.compile import CompiledScript
+from vmexit.script.runtime import sealed_file
+
+_TRIES = 1000
 
 # What it is called, and the option of a command line that asks for it.
 _NEEDS = {
     Capability.POST: ("stage post", "stage"),
     Capability.SKIP: ("short-circuiting", "sc"),
     Capability.BREAK: ("breaking", ""),
-    Capability.READ: ("callbacks", "script"),
+    Capability.READ: ("a callback", "script"),
+    Capability.MODIFY: ("a script", "script"),
 }
 
 
@@ -27,6 +36,8 @@ def needed(event: Event) -> Capability:
         capabilities |= Capability.BREAK
     if event.action & Action.ASK:
         capabilities |= Capability.READ
+    if event.action & Action.SCRIPT:
+        capabilities |= Capability.MODIFY
     return capabilities
 
 
@@ -47,8 +58,8 @@ def check(event: Event, capabilities: Capability, vcpus: int, target: str) -> No
         raise VmexitError(f"an event can name {wire.MAX_RANGES} separate ranges of MSRs, not {len(event.msrs.ranges)}")
 
 
-def lower(event: Event) -> bytes:
-    """The event's struct vmexit_event."""
+def lower(event: Event, script: int = 0) -> bytes:
+    """The event's struct vmexit_event; ``script``: the number that the agent knows its script by, 0 where it has none."""
     flags = EventFlag(0)
     if event.enabled:
         flags |= EventFlag.ENABLED
@@ -65,6 +76,72 @@ def lower(event: Event) -> bytes:
         actions=int(event.action),
         flags=int(flags),
         core=wire.ALL_CORES if event.core is None else event.core,
+        script=script,
         range_count=len(event.msrs.ranges),
         ranges=[{"first": first, "last": last} for first, last in event.msrs.ranges],
     )
+
+
+class Program:
+    """The events and their scripts on the agent's side of a link."""
+
+    def __init__(self, link: Link, events: EventTable) -> None:
+        self.scripts: dict[int, CompiledScript] = {}
+        """All that the agent ever had, by the number that it knows them by."""
+        self._link = link
+        self._events = events
+        self._numbers: dict[CompiledScript, int] = {}
+        self._there: set[int] = set()
+        self._changes = 0
+
+    def push(self) -> None:
+        """Makes the agent's events those of the table, from the next instruction on. Raises LinkError."""
+        for _ in range(_TRIES):
+            self.sync()
+            numbers = [self._number(event.script) for event in self._events]
+            for number in set(numbers) - self._there - {0}:
+                self._add_script(number)
+            try:
+                lowered = [lower(event, number) for event, number in zip(self._events, numbers, strict=True)]
+                self._link.set_events(lowered, self._changes)
+            except RequestError as error:
+                if error.status != Status.STALE:
+                    raise
+            else:
+                self._there = set(numbers)
+                return
+        raise LinkError("scripts change events all the time; halt the machine first (pause)")
+
+    def sync(self) -> list[Event]:
+        """Takes over what scripts have made of the events; those that they have changed, a cleared one included."""
+        changed: list[Event] = []
+        rings = self._link.rings
+        if self._changes == (changes := rings.changes):
+            return changed
+        self._changes = changes
+        for event in self._events:
+            state = rings.state(event.slot)
+            if state is EventState.CLEARED:
+                self._events.remove(event)
+            elif state is None or event.enabled == (state is EventState.ENABLED):
+                continue
+            event.enabled = state is EventState.ENABLED
+            changed.append(event)
+        return changed
+
+    def _number(self, script: CompiledScript | None) -> int:
+        if script is None:
+            return 0
+        if script not in self._numbers:
+            number = self._numbers[script] = len(self._numbers) + 1
+            self.scripts[number] = script
+        return self._numbers[script]
+
+    def _add_script(self, number: int) -> None:
+        script = self.scripts[number]
+        file = sealed_file(script.code, script.constants)
+        try:
+            self._link.add_script(number, file, script.entry, len(script.code), len(script.constants))
+        finally:
+            os.close(file)
+        self._there.add(number)

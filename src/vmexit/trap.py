@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
 from vmexit.errors import VmexitError
 from vmexit.guest import registers as register_names
 from vmexit.link.rings import Records
-from vmexit.link.wire import Access, Action, RecordFlag, Stage, constant
+from vmexit.link.wire import RECORD, Access, Action, RecordFlag, Stage, constant, offset
 
 _ACCESS = {int(access): access for access in Access}
 _STAGE = {int(stage): stage for stage in Stage}
@@ -49,9 +51,21 @@ class Trap(NamedTuple):
         return self.flags in _SKIPPED
 
 
+# The fields of a record that make a trap: the first ones.
+_NAMES = (RECORD.names or ())[: len(Trap._fields)]
+_FIELDS = np.dtype(
+    {
+        "names": _NAMES,
+        "formats": [RECORD[name] for name in _NAMES],
+        "offsets": [offset("record", name) for name in _NAMES],
+        "itemsize": RECORD.itemsize,
+    }
+)
+
+
 def traps_of(records: Records) -> Iterator[Trap]:
     """The traps that records of the wire stand for."""
-    for sequence, time, rip, rsp, value, msr, event, core, access, stage, action, flags, length in records.tolist():
+    for sequence, time, rip, rsp, value, msr, event, core, access, stage, action, flags, length in records.view(_FIELDS).tolist():
         yield Trap(
             sequence,
             time,

@@ -16,7 +16,7 @@ from vmexit.script.abi import constant
 from vmexit.script.compile import Compiler
 from vmexit.script.errors import ScriptError
 from vmexit.script.native import Code, NativeError, compile_module, optimized, triple_and_layout
-from vmexit.script.runtime import Machine, NativeCode, Runtime, sealed_code
+from vmexit.script.runtime import Machine, NativeCode, Runtime, sealed_file
 
 CONSTANTS, GLOBALS, STACK, BUFFER, TEXT = (
     constant(f"ARENA_{name}") for name in ("CONSTANTS", "GLOBALS", "STACK", "BUFFER", "TEXT")
@@ -193,7 +193,7 @@ def test_huge_widths() -> None:
 
 
 def test_code_cannot_be_written_after_it_is_sealed() -> None:
-    descriptor = sealed_code(b"\xc3")
+    descriptor = sealed_file(b"\xc3")
     try:
         with pytest.raises(OSError, match=r"."):
             os.write(descriptor, b"x")

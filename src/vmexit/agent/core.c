@@ -3,6 +3,7 @@
 #include "clock.h"
 #include "core.h"
 #include "quick.h"
+#include "script_trap.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -18,12 +19,16 @@
 
 /* Room for records over all rings, in bytes; a ring gets its share as a power of two between the two bounds. */
 enum { RINGS_BYTES = 8 << 20, RING_MOST = 16384, RING_LEAST = 512 };
+/* The same for the text that scripts leave, in words of 8 bytes a ring; the least is twice the longest print. */
+enum { TEXTS_BYTES = 4 << 20, TEXT_MOST = 1 << 17, TEXT_LEAST = 2 * VMEXIT_MAX_PRINT / 8 };
+/* vmexit_event.flags, here only: a script has cleared it. */
+enum { CLEARED = 0x80 };
 /* A vCPU that waits looks this often whether the debugger is still there, in milliseconds. */
 enum { WAIT_MS = 100 };
 /* A vCPU that has asked looks so long for the answer before it sleeps. */
 enum { SPIN_NS = 100000 };
 
-struct core core = {.shared_fd = -1, .debugger_eventfd = -1};
+struct core core = {.shared_fd = -1, .debugger_eventfd = -1, .change_lock = PTHREAD_MUTEX_INITIALIZER};
 
 uint8_t core_interest[1 << 16];
 
@@ -31,12 +36,12 @@ static struct table no_events;
 
 /* ---- set-up ---- */
 
-static uint32_t ring_records(unsigned vcpus)
+/* How much of something each of the rings gets: the most, halved until all together fit or the least is reached. */
+static uint32_t share(unsigned vcpus, uint32_t most, uint32_t least, size_t size, uint64_t bytes)
 {
-    uint32_t records = RING_MOST;
-    while (records > RING_LEAST && (uint64_t)records * sizeof(struct vmexit_record) * vcpus > RINGS_BYTES)
-        records /= 2;
-    return records;
+    while (most > least && (uint64_t)most * size * vcpus > bytes)
+        most /= 2;
+    return most;
 }
 
 static uint64_t page_round(uint64_t bytes)
@@ -47,10 +52,13 @@ static uint64_t page_round(uint64_t bytes)
 
 bool core_init(const struct door *door, unsigned vcpus)
 {
-    uint32_t records = ring_records(vcpus);
+    uint32_t records = share(vcpus, RING_MOST, RING_LEAST, sizeof(struct vmexit_record), RINGS_BYTES);
+    uint32_t words = share(vcpus, TEXT_MOST, TEXT_LEAST, sizeof(uint64_t), TEXTS_BYTES);
     uint64_t rings_offset = sizeof(struct vmexit_shared);
     uint64_t records_offset = page_round(rings_offset + vcpus * sizeof(struct vmexit_ring));
-    uint64_t size = page_round(records_offset + (uint64_t)vcpus * records * sizeof(struct vmexit_record));
+    uint64_t text_offset = page_round(records_offset + (uint64_t)vcpus * records * sizeof(struct vmexit_record));
+    uint64_t globals_offset = page_round(text_offset + (uint64_t)vcpus * words * sizeof(uint64_t));
+    uint64_t size = page_round(globals_offset + VMEXIT_MAX_GLOBALS * sizeof(uint64_t));
 
     core.shared_fd = memfd_create("vmexit", MFD_CLOEXEC | MFD_ALLOW_SEALING);
     core.debugger_eventfd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -71,11 +79,15 @@ bool core_init(const struct door *door, unsigned vcpus)
         .ring_records = records,
         .records_offset = records_offset,
         .size = size,
+        .text_offset = text_offset,
+        .globals_offset = globals_offset,
+        .ring_words = words,
     };
     for (unsigned i = 0; i < vcpus; i++)
         core.vcpus[i] = (struct vcpu){
             .ring = (struct vmexit_ring *)(base + rings_offset) + i,
             .records = (struct vmexit_record *)(base + records_offset) + (uint64_t)i * records,
+            .text = (uint64_t *)(void *)(base + text_offset) + (uint64_t)i * words,
             .eventfd = -1,
         };
     clock_init();
@@ -84,6 +96,7 @@ bool core_init(const struct door *door, unsigned vcpus)
     core.vcpu_count = vcpus;
     core.ring_mask = records - 1;
     core.half_mask = records / 2 - 1;
+    core.text_mask = words - 1;
     core.table = &no_events;
     return true;
 }
@@ -92,6 +105,7 @@ const struct door *core_door(void) { return core.door; }
 unsigned core_vcpus(void) { return core.vcpu_count; }
 int core_shared_fd(void) { return core.shared_fd; }
 int core_debugger_eventfd(void) { return core.debugger_eventfd; }
+uint64_t *core_script_globals(void) { return (uint64_t *)(void *)((char *)core.shared + core.layout.globals_offset); }
 
 int core_vcpu_eventfd(unsigned vcpu)
 {
@@ -137,6 +151,28 @@ static bool table_is_read(const struct table *table)
     return false;
 }
 
+static void free_table(struct table *table)
+{
+    free(table->scripts);
+    free(table);
+}
+
+static bool table_runs(const struct table *table, const struct script *script)
+{
+    for (size_t i = 0; i < table->count; i++)
+        if (table->scripts[i] == script)
+            return true;
+    return false;
+}
+
+static bool is_script_needed(const struct script *script)
+{
+    for (const struct table *table = core.retired; table != NULL; table = table->retired)
+        if (table_runs(table, script))
+            return true;
+    return table_runs(core.table, script);
+}
+
 static void free_retired_tables(void)
 {
     if (core.has_membarrier)
@@ -149,8 +185,9 @@ static void free_retired_tables(void)
             continue;
         }
         *link = table->retired;
-        free(table);
+        free_table(table);
     }
+    scripts_forget_unless(is_script_needed);
 }
 
 static bool is_quick(const struct vmexit_event *events, size_t count)
@@ -168,15 +205,20 @@ static struct table *make_table(const struct vmexit_event *events, size_t count)
     for (size_t i = 0; i < count; i++)
         rules += events[i].range_count;
     struct table *table = malloc(sizeof *table + count * sizeof *events + rules * sizeof *table->rules);
-    if (table == NULL)
+    const struct script **scripts = calloc(count + 1, sizeof *scripts);
+    if (table == NULL || scripts == NULL) {
+        free(table);
+        free(scripts);
         return NULL;
-    *table = (struct table){.count = count, .last_id = count ? events[count - 1].id : 0};
+    }
+    *table = (struct table){.count = count, .last_id = count ? events[count - 1].id : 0, .scripts = scripts};
     table->quick_half = is_quick(events, count) ? (int64_t)(core.half_mask - count) : -1;
     table->quick_used = core.ring_mask + 1 - count;
     struct rule *rule = table->rules = (struct rule *)(table->events + count);
     for (size_t i = 0; i < count; i++) {
         const struct vmexit_event *event = &events[i];
         table->events[i] = *event;
+        table->scripts[i] = scripts_find(event->script);
         for (uint32_t r = 0; r < event->range_count && (event->flags & VMEXIT_ENABLED); r++)
             *rule++ = (struct rule){
                 .first = event->ranges[r].first,
@@ -194,13 +236,15 @@ static struct table *make_table(const struct vmexit_event *events, size_t count)
 
 static bool event_is_sound(const struct vmexit_event *event, uint32_t previous_id)
 {
-    if (event->id <= previous_id || event->slot >= VMEXIT_MAX_EVENTS || event->reserved != 0)
+    if (event->id <= previous_id || event->slot >= VMEXIT_MAX_EVENTS)
+        return false;
+    if (event->actions & VMEXIT_SCRIPT ? scripts_find(event->script) == NULL : event->script != 0)
         return false;
     if (event->access == 0 || event->access > (VMEXIT_WRMSR | VMEXIT_RDMSR))
         return false;
     if (event->stages == 0 || event->stages > (VMEXIT_PRE | VMEXIT_POST))
         return false;
-    if (event->actions == 0 || event->actions > (VMEXIT_RECORD | VMEXIT_ASK | VMEXIT_BREAK))
+    if (event->actions == 0 || event->actions > (VMEXIT_RECORD | VMEXIT_ASK | VMEXIT_BREAK | VMEXIT_SCRIPT))
         return false;
     if (event->flags > (VMEXIT_ENABLED | VMEXIT_SHORT_CIRCUIT | VMEXIT_IMMEDIATE))
         return false;
@@ -216,6 +260,7 @@ static uint32_t needed_capabilities(const struct vmexit_event *event)
 {
     return VMEXIT_CAN_RECORD | (event->stages & VMEXIT_POST ? VMEXIT_CAN_POST : 0) |
            (event->actions & VMEXIT_ASK ? VMEXIT_CAN_READ : 0) | (event->actions & VMEXIT_BREAK ? VMEXIT_CAN_BREAK : 0) |
+           (event->actions & VMEXIT_SCRIPT ? VMEXIT_CAN_READ | VMEXIT_CAN_MODIFY : 0) |
            (event->flags & VMEXIT_SHORT_CIRCUIT ? VMEXIT_CAN_SKIP : 0);
 }
 
@@ -240,19 +285,34 @@ static void publish_interest(const struct table *table)
         __atomic_store_n(&core_interest[i], interest[i], __ATOMIC_RELAXED);
 }
 
-static void replace_table(struct table *table)
+/* False: scripts have changed events since the debugger last looked, so it does not know what it replaces. */
+static bool exchange_tables(struct table *table, uint64_t changes)
+{
+    pthread_mutex_lock(&core.change_lock);
+    bool is_known = changes == core.changes;
+    if (is_known) {
+        __atomic_store_n(&core.table, table, __ATOMIC_SEQ_CST);
+        publish_interest(table);
+        memset(core.shared->states, 0, sizeof core.shared->states);
+    }
+    pthread_mutex_unlock(&core.change_lock);
+    return is_known;
+}
+
+static bool replace_table(struct table *table, uint64_t changes)
 {
     struct table *old = core.table;
-    __atomic_store_n(&core.table, table, __ATOMIC_SEQ_CST);
-    publish_interest(table);
+    if (!exchange_tables(table, changes))
+        return false;
     if (old != &no_events) {
         old->retired = core.retired;
         core.retired = old;
     }
     free_retired_tables();
+    return true;
 }
 
-int core_set_events(const struct vmexit_event *events, size_t count)
+int core_set_events(const struct vmexit_event *events, size_t count, uint64_t changes)
 {
     if (count > VMEXIT_MAX_EVENTS)
         return VMEXIT_REFUSED;
@@ -265,8 +325,48 @@ int core_set_events(const struct vmexit_event *events, size_t count)
     struct table *table = make_table(events, count);
     if (table == NULL)
         return VMEXIT_UNAVAILABLE;
-    replace_table(table);
-    return VMEXIT_OK;
+    if (replace_table(table, changes))
+        return VMEXIT_OK;
+    free_table(table);
+    return VMEXIT_STALE;
+}
+
+static struct vmexit_event *event_of(const struct table *table, uint32_t id)
+{
+    for (size_t i = 0; i < table->count; i++)
+        if (table->events[i].id == id && !(table->events[i].flags & CLEARED))
+            return (struct vmexit_event *)&table->events[i];
+    return NULL;
+}
+
+static void set_state(struct vmexit_event *event, unsigned state)
+{
+    unsigned flags = event->flags & ~(unsigned)VMEXIT_ENABLED;
+    flags |= state == VMEXIT_STATE_ENABLED ? VMEXIT_ENABLED : state == VMEXIT_STATE_CLEARED ? CLEARED : 0;
+    __atomic_store_n(&event->flags, (uint8_t)flags, __ATOMIC_RELAXED);
+    if (state != VMEXIT_STATE_ENABLED)
+        return; /* somebody looks for nothing now and then, until the next table */
+    for (uint32_t r = 0; r < event->range_count; r++)
+        add_interest(core_interest, event->access, event->ranges[r]);
+}
+
+bool core_change_event(const struct trap *trap, uint32_t id, unsigned state)
+{
+    const struct table *reading = core.vcpus[trap->vcpu].reading;
+    pthread_mutex_lock(&core.change_lock);
+    struct vmexit_event *event = event_of(core.table, id);
+    struct vmexit_event *older = reading != core.table ? event_of(reading, id) : NULL;
+    if (event)
+        set_state(event, state);
+    if (older)
+        set_state(older, state);
+    if (event) {
+        __atomic_store_n(&core.shared->states[event->slot], (uint8_t)state, __ATOMIC_RELAXED);
+        __atomic_store_n(&core.changes, core.changes + 1, __ATOMIC_RELAXED);
+        __atomic_store_n(&core.shared->changes, core.changes, __ATOMIC_RELEASE);
+    }
+    pthread_mutex_unlock(&core.change_lock);
+    return event != NULL;
 }
 
 void core_set_overflow_drop(bool drop) { __atomic_store_n(&core.drop, drop, __ATOMIC_RELAXED); }
@@ -305,25 +405,27 @@ static void relax(void)
 #endif
 }
 
-static void sleep_on(struct trap *trap, struct vcpu *vcpu)
+static void sleep_on(struct vcpu *vcpu)
 {
     uint64_t count;
     struct pollfd fd = {.fd = vcpu->eventfd, .events = POLLIN};
-    trap->door->before_sleep(trap);
     if (poll(&fd, 1, WAIT_MS) > 0)
         (void)!read(vcpu->eventfd, &count, sizeof count);
-    trap->door->after_sleep(trap);
 }
 
 /* ---- records ---- */
 
-static bool has_room(const struct vcpu *vcpu)
+static uint64_t words_of(const struct vmexit_text *text) { return text ? text->size / sizeof(uint64_t) : 0; }
+
+/* A tail that runs ahead of the head is no honest debugger's: then there is no room. */
+static bool has_room(const struct vcpu *vcpu, uint64_t words)
 {
-    /* A tail that runs ahead of the head is no honest debugger's: then there is no room. */
-    return vcpu->head - __atomic_load_n(&vcpu->ring->tail, __ATOMIC_ACQUIRE) <= core.ring_mask;
+    uint64_t records_used = vcpu->head - __atomic_load_n(&vcpu->ring->tail, __ATOMIC_ACQUIRE);
+    uint64_t text_used = words ? vcpu->text_head - __atomic_load_n(&vcpu->ring->text_tail, __ATOMIC_ACQUIRE) : 0;
+    return records_used <= core.ring_mask && text_used <= core.text_mask + 1 - words;
 }
 
-static bool wait_for_room(struct trap *trap, struct vcpu *vcpu)
+static bool wait_for_room(struct vcpu *vcpu, uint64_t words)
 {
     struct vmexit_ring *ring = vcpu->ring;
     const uint32_t session = current_session();
@@ -331,28 +433,45 @@ static bool wait_for_room(struct trap *trap, struct vcpu *vcpu)
     while (is_alive(session)) {
         __atomic_store_n(&ring->waiting, VMEXIT_WAITS_FOR_ROOM, __ATOMIC_SEQ_CST);
         wake_debugger();
-        if (has_room(vcpu))
+        if (has_room(vcpu, words))
             break;
-        sleep_on(trap, vcpu);
+        sleep_on(vcpu);
     }
     __atomic_store_n(&ring->waiting, 0, __ATOMIC_RELAXED);
     return is_alive(session);
 }
 
-/* Writes one record and gives its sequence number; UINT64_MAX where it was dropped or the debugger is gone. What the debugger must
- * answer or show (a question, a break) waits for room under every policy. */
-static uint64_t publish(struct trap *trap, struct vcpu *vcpu, const struct vmexit_event *event, unsigned action, unsigned flags)
+/* Whether that made a half of the ring's text full. */
+static bool write_text(struct vcpu *vcpu, const struct vmexit_text *text)
+{
+    const uint64_t words = words_of(text), at = vcpu->text_head & core.text_mask, half = (core.text_mask + 1) / 2;
+    const uint64_t first = words < core.text_mask + 1 - at ? words : core.text_mask + 1 - at;
+    memcpy(vcpu->text + at, text, first * sizeof(uint64_t));
+    memcpy(vcpu->text, (const uint64_t *)(const void *)text + first, (words - first) * sizeof(uint64_t));
+    vcpu->text_head += words;
+    __atomic_store_n(&vcpu->ring->text_head, vcpu->text_head, __ATOMIC_RELEASE);
+    return ((vcpu->text_head - words) & half) != (vcpu->text_head & half);
+}
+
+static bool is_droppable(unsigned action) { return !(action & (VMEXIT_ASK | VMEXIT_BREAK)); }
+
+/* Writes one record, and text with it if there is any, and gives its sequence number; UINT64_MAX where it was dropped or the debugger
+ * is gone. What the debugger must answer or show (a question, a break) waits for room under every policy. */
+static uint64_t publish(struct trap *trap, struct vcpu *vcpu, const struct vmexit_event *event, unsigned action, unsigned flags,
+                        const struct vmexit_text *text)
 {
     struct vmexit_ring *ring = vcpu->ring;
-    if (!has_room(vcpu)) {
-        if (action == VMEXIT_RECORD && __atomic_load_n(&core.drop, __ATOMIC_RELAXED)) {
+    if (!has_room(vcpu, words_of(text))) {
+        if (is_droppable(action) && __atomic_load_n(&core.drop, __ATOMIC_RELAXED)) {
             __atomic_store_n(&ring->dropped, ring->dropped + 1, __ATOMIC_RELAXED);
             return UINT64_MAX;
         }
-        if (!wait_for_room(trap, vcpu))
+        if (!wait_for_room(vcpu, words_of(text)))
             return UINT64_MAX;
     }
     uint64_t head = vcpu->head++;
+    uint32_t text_at = (uint32_t)vcpu->text_head;
+    bool full = text && write_text(vcpu, text);
     uint64_t sequence = next_sequence();
     vcpu->records[head & core.ring_mask] = (struct vmexit_record){
         .sequence = sequence,
@@ -368,17 +487,25 @@ static uint64_t publish(struct trap *trap, struct vcpu *vcpu, const struct vmexi
         .action = (uint8_t)action,
         .flags = (uint8_t)(trap->flags | flags),
         .length = trap->length,
+        .script = text ? event->script : 0,
+        .text = text ? text_at : 0,
     };
     if (action == VMEXIT_ASK)
         __atomic_store_n(&ring->question.asked, sequence + 1, __ATOMIC_RELEASE);
     __atomic_store_n(&ring->head, head + 1, __ATOMIC_RELEASE);
-    bool urgent = (event->flags & VMEXIT_IMMEDIATE) || action != VMEXIT_RECORD;
+    bool urgent = (event->flags & VMEXIT_IMMEDIATE) || !(action & (VMEXIT_RECORD | VMEXIT_PRINT));
     if (urgent)
         __atomic_store_n(&ring->urgent, head + 1, __ATOMIC_RELEASE);
     /* What need not be seen at once is fetched by the debugger from time to time; when half the ring is full it is called. */
-    if (urgent || ((head + 1) & core.half_mask) == 0)
+    if (urgent || full || ((head + 1) & core.half_mask) == 0)
         wake_debugger();
     return sequence;
+}
+
+bool core_leave_text(struct trap *trap, const struct vmexit_event *event, unsigned action, const struct vmexit_text *text)
+{
+    return publish(trap, &core.vcpus[trap->vcpu], event, action, 0, text) != UINT64_MAX ||
+           __atomic_load_n(&core.drop, __ATOMIC_RELAXED);
 }
 
 /* ---- questions ---- */
@@ -397,7 +524,7 @@ static bool is_answered(const struct vcpu *vcpu, uint64_t sequence)
 
 /* A short callback is over sooner than a thread is put to sleep and woken; only then the vCPU sleeps. The debugger writes its eventfd
  * only where `waiting` says that it does. */
-static bool wait_for_answer(struct trap *trap, struct vcpu *vcpu, uint32_t session, uint64_t sequence)
+static bool wait_for_answer(struct vcpu *vcpu, uint32_t session, uint64_t sequence)
 {
     const uint64_t deadline = clock_now() + SPIN_NS;
     while (!is_answered(vcpu, sequence) && clock_now() < deadline)
@@ -405,10 +532,22 @@ static bool wait_for_answer(struct trap *trap, struct vcpu *vcpu, uint32_t sessi
     while (!is_answered(vcpu, sequence) && is_alive(session)) {
         __atomic_store_n(&vcpu->ring->waiting, VMEXIT_WAITS_FOR_ANSWER, __ATOMIC_SEQ_CST);
         if (!is_answered(vcpu, sequence))
-            sleep_on(trap, vcpu);
+            sleep_on(vcpu);
     }
     __atomic_store_n(&vcpu->ring->waiting, 0, __ATOMIC_RELAXED);
     return is_answered(vcpu, sequence);
+}
+
+void trap_follow(struct trap *trap, const uint64_t *registers, uint32_t changed)
+{
+    if (changed >> VMEXIT_RCX & 1)
+        trap->msr = (uint32_t)registers[VMEXIT_RCX];
+    if (changed >> VMEXIT_RAX & 1)
+        trap->value = (trap->value & ~(uint64_t)UINT32_MAX) | (uint32_t)registers[VMEXIT_RAX];
+    if (changed >> VMEXIT_RDX & 1)
+        trap->value = registers[VMEXIT_RDX] << 32 | (uint32_t)trap->value;
+    if (changed >> VMEXIT_RSP & 1)
+        trap->rsp = registers[VMEXIT_RSP];
 }
 
 /* Stops the vCPU until the debugger has answered. An unsound answer, and a debugger that dies, change nothing. True: the debugger
@@ -422,8 +561,8 @@ static bool ask(struct trap *trap, struct vcpu *vcpu, const struct vmexit_event 
     question->halt = 0;
     trap->door->get_asked(trap, question->registers);
     __atomic_store_n(&vcpu->asking, true, __ATOMIC_RELEASE);
-    uint64_t sequence = publish(trap, vcpu, event, VMEXIT_ASK, progress->skip ? VMEXIT_SKIPPED : 0);
-    bool answered = sequence != UINT64_MAX && wait_for_answer(trap, vcpu, session, sequence);
+    uint64_t sequence = publish(trap, vcpu, event, VMEXIT_ASK, progress->skip ? VMEXIT_SKIPPED : 0, NULL);
+    bool answered = sequence != UINT64_MAX && wait_for_answer(vcpu, session, sequence);
     __atomic_store_n(&vcpu->asking, false, __ATOMIC_RELEASE);
     __atomic_store_n(&question->asked, 0, __ATOMIC_RELEASE);
     struct vmexit_question answer = *question;
@@ -434,14 +573,7 @@ static bool ask(struct trap *trap, struct vcpu *vcpu, const struct vmexit_event 
     if (answer.changed == 0)
         return answer.halt;
     trap->door->set_asked(trap, answer.registers, answer.changed);
-    if (answer.changed >> VMEXIT_RCX & 1)
-        trap->msr = (uint32_t)answer.registers[VMEXIT_RCX];
-    if (answer.changed >> VMEXIT_RAX & 1)
-        trap->value = (trap->value & ~(uint64_t)UINT32_MAX) | (uint32_t)answer.registers[VMEXIT_RAX];
-    if (answer.changed >> VMEXIT_RDX & 1)
-        trap->value = answer.registers[VMEXIT_RDX] << 32 | (uint32_t)trap->value;
-    if (answer.changed >> VMEXIT_RSP & 1)
-        trap->rsp = answer.registers[VMEXIT_RSP];
+    trap_follow(trap, answer.registers, answer.changed);
     return answer.halt;
 }
 
@@ -462,23 +594,26 @@ static bool has_msr(const struct vmexit_event *event, uint32_t msr)
 
 static bool matches(const struct vmexit_event *event, const struct trap *trap, unsigned stage)
 {
-    return (event->flags & VMEXIT_ENABLED) && (event->access & trap->access) && (event->stages & stage) &&
+    return (__atomic_load_n(&event->flags, __ATOMIC_RELAXED) & VMEXIT_ENABLED) && (event->access & trap->access) && (event->stages & stage) &&
            (event->core == VMEXIT_ALL_CORES || event->core == trap->vcpu) && has_msr(event, trap->msr);
 }
 
 /* True: the machine has to halt. */
-static bool act(struct trap *trap, struct vcpu *vcpu, const struct vmexit_event *event, struct progress *progress)
+static bool act(struct trap *trap, struct vcpu *vcpu, const struct table *table, size_t index, struct progress *progress)
 {
+    const struct vmexit_event *event = &table->events[index];
     uint64_t *hits = &vcpu->ring->hits[event->slot];
     __atomic_store_n(hits, *hits + 1, __ATOMIC_RELAXED);
     unsigned flags = progress->skip ? VMEXIT_SKIPPED : 0;
     if (event->actions & VMEXIT_RECORD)
-        publish(trap, vcpu, event, VMEXIT_RECORD, flags);
+        publish(trap, vcpu, event, VMEXIT_RECORD, flags, NULL);
     bool halt = event->actions & VMEXIT_BREAK;
+    if (event->actions & VMEXIT_SCRIPT)
+        halt |= scripts_run(trap, event, table->scripts[index], progress);
     if (event->actions & VMEXIT_ASK)
         halt |= ask(trap, vcpu, event, progress) && (core.door->capabilities & VMEXIT_CAN_BREAK);
     /* A break that the debugger does not get to know of must not halt the machine: nobody would let it go on. */
-    return halt && publish(trap, vcpu, event, VMEXIT_BREAK, progress->skip ? VMEXIT_SKIPPED : 0) != UINT64_MAX;
+    return halt && publish(trap, vcpu, event, VMEXIT_BREAK, progress->skip ? VMEXIT_SKIPPED : 0, NULL) != UINT64_MAX;
 }
 
 enum verdict core_pre(struct trap *trap, struct progress *progress)
@@ -493,7 +628,7 @@ enum verdict core_pre(struct trap *trap, struct progress *progress)
         /* Each event that acts sets the short-circuit state anew, so the last one decides. */
         if (!progress->decided)
             progress->skip = event->flags & VMEXIT_SHORT_CIRCUIT;
-        if (act(trap, vcpu, event, progress)) {
+        if (act(trap, vcpu, table, i, progress)) {
             progress->after = event->id;
             if (progress->limit == UINT32_MAX)
                 progress->limit = table->last_id;
@@ -518,11 +653,10 @@ enum verdict core_post(struct trap *trap)
     /* What ran is the MSR of before, whatever ECX a question of this stage leaves behind. */
     const uint32_t msr = trap->msr;
     for (size_t i = 0; i < table->count; i++) {
-        const struct vmexit_event *event = &table->events[i];
         struct progress progress = PROGRESS_BEGIN;
-        if (!matches(event, trap, VMEXIT_POST))
+        if (!matches(&table->events[i], trap, VMEXIT_POST))
             continue;
-        if (act(trap, vcpu, event, &progress))
+        if (act(trap, vcpu, table, i, &progress))
             verdict = STOP;
         trap->msr = msr;
     }
@@ -549,8 +683,15 @@ uint64_t core_attach(void)
     wait_for_retired_tables();
     /* Whatever the debugger before this one has left there. */
     *core.shared = core.layout;
+    core.changes = 0;
     for (unsigned i = 0; i < core.vcpu_count; i++)
-        *core.vcpus[i].ring = (struct vmexit_ring){.head = core.vcpus[i].head, .tail = core.vcpus[i].head};
+        *core.vcpus[i].ring = (struct vmexit_ring){
+            .head = core.vcpus[i].head,
+            .tail = core.vcpus[i].head,
+            .text_head = core.vcpus[i].text_head,
+            .text_tail = core.vcpus[i].text_head,
+        };
+    scripts_begin_session();
     clock_calibrate();
     __atomic_fetch_add(&core.session, 1, __ATOMIC_SEQ_CST);
     return __atomic_load_n(&core.sequence, __ATOMIC_SEQ_CST);
@@ -559,7 +700,8 @@ uint64_t core_attach(void)
 void core_detach(void)
 {
     __atomic_fetch_add(&core.session, 1, __ATOMIC_SEQ_CST);
-    replace_table(&no_events);
+    while (!replace_table(&no_events, __atomic_load_n(&core.changes, __ATOMIC_RELAXED)))
+        ; /* a script has just changed an event */
     core_set_overflow_drop(false);
     for (unsigned i = 0; i < core.vcpu_count; i++)
         if (core_vcpu_eventfd(i) >= 0)

@@ -35,7 +35,7 @@ struct progress {
 #define PROGRESS_BEGIN ((struct progress){.after = 0, .limit = UINT32_MAX})
 #define PROGRESS_DONE UINT32_MAX /* progress.after when every event has acted */
 
-/* What a way into a VMM has to offer. The first two are called in the trapping vCPU's thread, the others in the link's. */
+/* What a way into a VMM has to offer. What takes a trap is called in the trapping vCPU's thread, the rest in the link's. */
 struct door {
     const char *name;
     uint32_t capabilities; /* VMEXIT_CAN_... */
@@ -43,9 +43,15 @@ struct door {
     /* Gives and takes the first VMEXIT_ASKED_REGISTERS registers; `changed` has a bit for each that is to be written. */
     void (*get_asked)(struct trap *trap, uint64_t *registers);
     void (*set_asked)(struct trap *trap, const uint64_t *registers, uint32_t changed);
-    /* Around a sleep of the trapping thread: lets go of the locks that the VMM's other threads need. */
-    void (*before_sleep)(struct trap *trap);
-    void (*after_sleep)(struct trap *trap);
+    /* For scripts. The 16 general registers, as given and taken above; what is not changed costs nothing. */
+    void (*get_general)(struct trap *trap, uint64_t *registers);
+    void (*set_general)(struct trap *trap, const uint64_t *registers, uint32_t changed);
+    /* Any other register, by its number in script.h, and memory. False: it cannot be reached, or there is none. */
+    bool (*read_register)(struct trap *trap, unsigned number, uint64_t *value);
+    bool (*write_register)(struct trap *trap, unsigned number, uint64_t value);
+    bool (*reach_memory)(struct trap *trap, bool physical, bool write, uint64_t address, void *bytes, uint32_t length);
+    bool (*to_physical)(struct trap *trap, uint64_t address, uint64_t *physical);
+    bool (*to_virtual)(struct trap *trap, uint64_t physical, uint64_t *address);
 
     /* The link's thread has begun. */
     void (*enter_thread)(void);
@@ -71,7 +77,7 @@ void core_vcpu_up(unsigned vcpu);
 bool core_is_asking(unsigned vcpu);
 
 /* The link's half: replace all events, choose what a full ring does, and let go when the debugger is gone. */
-int core_set_events(const struct vmexit_event *events, size_t count);
+int core_set_events(const struct vmexit_event *events, size_t count, uint64_t changes);
 void core_set_overflow_drop(bool drop);
 /* Gives the sequence number of the first record that the new debugger will see. */
 uint64_t core_attach(void);
@@ -88,6 +94,13 @@ static inline bool core_wants(unsigned access, uint32_t msr)
 }
 
 enum verdict { CARRY_OUT, SKIP, STOP };
+
+/* What a script at a trap needs of the events: to leave text for the debugger (VMEXIT_PRINT, VMEXIT_FAULT; false: nobody takes it), and
+ * to change an event from here on (VMEXIT_STATE_...; false: there is none of that id). */
+void trap_follow(struct trap *trap, const uint64_t *registers, uint32_t changed); /* some of the 16 general ones are others now */
+bool core_leave_text(struct trap *trap, const struct vmexit_event *event, unsigned action, const struct vmexit_text *text);
+bool core_change_event(const struct trap *trap, uint32_t id, unsigned state);
+uint64_t *core_script_globals(void);
 
 /* Lets every matching event of the pre stage act, from `progress` on. STOP: the machine has to halt before the instruction; call
  * again with the same progress when it goes on. CARRY_OUT: `trap->wants_post` says whether core_post is to be called. */

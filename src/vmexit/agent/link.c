@@ -10,7 +10,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "core.h"
+#include "script_trap.h"
 
 enum { MOST_PAYLOAD = VMEXIT_MAX_EVENTS * sizeof(struct vmexit_event) };
 
@@ -26,8 +26,9 @@ static struct {
     pthread_mutex_t lock;
     bool greeted;
     bool held; /* the debugger keeps the machine halted */
+    int file; /* that came with the message; -1: none did */
     struct datagram in;
-} server = {.client = -1, .lock = PTHREAD_MUTEX_INITIALIZER};
+} server = {.client = -1, .file = -1, .lock = PTHREAD_MUTEX_INITIALIZER};
 
 /* ---- sending ---- */
 
@@ -120,7 +121,16 @@ static int set_events(const struct vmexit_message *message)
     size_t count = message->argument;
     if (count > VMEXIT_MAX_EVENTS || message->length != count * sizeof(struct vmexit_event))
         return VMEXIT_REFUSED;
-    return core_set_events((const struct vmexit_event *)server.in.payload, count);
+    return core_set_events((const struct vmexit_event *)server.in.payload, count, message->address);
+}
+
+static int add_script(const struct vmexit_message *message)
+{
+    struct vmexit_script_file file;
+    if (message->length != sizeof file || server.file < 0)
+        return VMEXIT_REFUSED;
+    memcpy(&file, server.in.payload, sizeof file);
+    return scripts_add(&file, server.file);
 }
 
 static void read_registers(const struct vmexit_message *message)
@@ -170,6 +180,10 @@ static int change(const struct vmexit_message *message)
         if (!bare || message->argument >= VMEXIT_REGISTERS)
             return VMEXIT_REFUSED;
         return core_door()->set_register(message->vcpu, message->argument, message->address);
+    case VMEXIT_ADD_SCRIPT:
+        return add_script(message);
+    case VMEXIT_SCRIPT_LIMITS:
+        return bare ? scripts_set_limits(message->address, message->argument) : VMEXIT_REFUSED;
     case VMEXIT_WRITE_VIRTUAL:
     case VMEXIT_WRITE_PHYSICAL:
         return write_memory(message);
@@ -237,15 +251,39 @@ static void part(void)
         core_detach();
 }
 
+/* The file that came with a message, if exactly one did. */
+static int take_file(struct msghdr *header)
+{
+    struct cmsghdr *rights = CMSG_FIRSTHDR(header);
+    int file = -1;
+    if (rights && rights->cmsg_level == SOL_SOCKET && rights->cmsg_type == SCM_RIGHTS && rights->cmsg_len == CMSG_LEN(sizeof file))
+        memcpy(&file, CMSG_DATA(rights), sizeof file);
+    return file;
+}
+
+static ssize_t receive(void)
+{
+    struct iovec part = {.iov_base = &server.in, .iov_len = sizeof server.in};
+    /* Room for one: the kernel closes what is more. */
+    _Alignas(struct cmsghdr) char control[CMSG_LEN(sizeof(int))];
+    struct msghdr header = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control};
+    ssize_t received = recvmsg(server.client, &header, MSG_TRUNC | MSG_CMSG_CLOEXEC);
+    server.file = received < 0 ? -1 : take_file(&header);
+    return received;
+}
+
 static void listen_to_debugger(void)
 {
-    ssize_t received = recv(server.client, &server.in, sizeof server.in, MSG_TRUNC);
+    ssize_t received = receive();
     if (received < 0 && (errno == EINTR || errno == EAGAIN))
         return;
     if (received <= 0)
         part();
     else
         serve((size_t)received <= sizeof server.in ? (size_t)received : 0);
+    if (server.file >= 0)
+        close(server.file);
+    server.file = -1;
 }
 
 /* A machine that was halted for a debugger which has died since goes on. */

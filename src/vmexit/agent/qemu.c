@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "script.h"
 #include "wire.h"
 
 /* gdb's number (QEMU, target/i386/gdbstub.c) and the plugin interface's name of each wire register. */
@@ -33,6 +34,7 @@ static struct {
     bool is_offered[VMEXIT_REGISTERS]; /* by the plugin interface; RAX's handle is null in QEMU 9.0 and 11.0 */
     bool has_handles;
     ptrdiff_t env_offset; /* from the CPU object to its state; 0: not proven */
+    size_t debug_byte; /* where in the state the debug registers are, in bytes behind RIP; 0: not known */
 } qemu;
 
 EXPORT int qemu_plugin_version;
@@ -228,7 +230,118 @@ void qemu_write_rflags(unsigned vcpu, uint64_t value)
         qemu_write_register(vcpu, VMEXIT_RFLAGS, value);
 }
 
+/* ---- system registers ---- */
+
+/* Behind RIP, in bytes: CS of six segments, then LDTR, TR, GDTR and IDTR of the same form, then CR0 to CR4. */
+enum { ENV_SEGMENTS_BYTE = 56, SEGMENT_BYTES = 24, SEGMENT_BASE_BYTE = 8, SEGMENTS = 6 };
+enum { ENV_CR_BYTE = ENV_SEGMENTS_BYTE + 10 * SEGMENT_BYTES };
+/* How far behind RIP the eight debug registers may be. */
+enum { ENV_DR_FIRST_BYTE = ENV_CR_BYTE, ENV_DR_LAST_BYTE = 1 << 14 };
+
+static uint64_t env_word(const char *rip, size_t byte)
+{
+    uint64_t word;
+    memcpy(&word, rip + byte, sizeof word);
+    return word;
+}
+
+/* The state is laid out as it is known if what is told of it by other ways stands there: the selectors of all segments (in the order
+ * ES, CS, SS, DS, FS, GS) and the control registers. */
+static bool segments_are_known(unsigned vcpu, const char *rip)
+{
+    static const unsigned selectors[SEGMENTS] = {VMEXIT_ES, VMEXIT_CS, VMEXIT_SS, VMEXIT_DS, VMEXIT_FS, VMEXIT_GS};
+    static const unsigned control[5] = {VMEXIT_CR0, 0, VMEXIT_CR2, VMEXIT_CR3, VMEXIT_CR4};
+    for (unsigned i = 0; i < SEGMENTS; i++)
+        if ((uint32_t)env_word(rip, ENV_SEGMENTS_BYTE + i * SEGMENT_BYTES) != qemu_read_register(vcpu, selectors[i]))
+            return false;
+    for (unsigned i = 0; i < 5; i++)
+        if (i != 1 && env_word(rip, ENV_CR_BYTE + i * 8) != qemu_read_register(vcpu, control[i]))
+            return false;
+    return true;
+}
+
+/* DR0 to DR7 as a processor has them that nobody debugs: DR6 and DR7 have fixed bits (Intel SDM volume 3, 17.2), and what stands for DR4
+ * and DR5 is not used. Found once, and only where there is but one such place. */
+static size_t find_debug_registers(const char *rip)
+{
+    size_t found = 0;
+    for (size_t byte = ENV_DR_FIRST_BYTE; byte < ENV_DR_LAST_BYTE; byte += 8) {
+        bool fits = env_word(rip, byte + 6 * 8) == 0xffff0ff0 && env_word(rip, byte + 7 * 8) == 0x400;
+        for (unsigned i = 0; fits && i < 6; i++)
+            fits = env_word(rip, byte + i * 8) == 0;
+        if (fits && found)
+            return 0;
+        if (fits)
+            found = byte;
+    }
+    return found;
+}
+
+static char *system_register_at(unsigned vcpu, unsigned number)
+{
+    const uint64_t *env = qemu_env(vcpu);
+    if (env == NULL)
+        return NULL;
+    char *rip = (char *)qemu_env_rip(env);
+    if (number >= VMEXIT_SCRIPT_DR0) {
+        size_t byte = __atomic_load_n(&qemu.debug_byte, __ATOMIC_RELAXED);
+        if (byte == 0) {
+            byte = find_debug_registers(rip);
+            __atomic_store_n(&qemu.debug_byte, byte, __ATOMIC_RELAXED);
+        }
+        unsigned which = number <= VMEXIT_SCRIPT_DR3 ? number - VMEXIT_SCRIPT_DR0 : number - VMEXIT_SCRIPT_DR6 + 6;
+        return byte ? rip + byte + which * 8 : NULL;
+    }
+    static const unsigned segments[] = {
+        [VMEXIT_SCRIPT_LDTR] = 6, [VMEXIT_SCRIPT_TR] = 7, [VMEXIT_SCRIPT_GDTR] = 8, [VMEXIT_SCRIPT_IDTR] = 9};
+    if (!segments_are_known(vcpu, rip))
+        return NULL;
+    return rip + ENV_SEGMENTS_BYTE + segments[number] * SEGMENT_BYTES + SEGMENT_BASE_BYTE;
+}
+
+bool qemu_read_system_register(unsigned vcpu, unsigned number, uint64_t *value)
+{
+    const char *at = system_register_at(vcpu, number);
+    if (at)
+        memcpy(value, at, sizeof *value);
+    return at != NULL;
+}
+
+/* The breakpoints that DR7 switches on are set anew, because that is what a changed address needs. */
+bool qemu_write_system_register(unsigned vcpu, unsigned number, uint64_t value)
+{
+    char *at = system_register_at(vcpu, number);
+    if (at == NULL || (number >= VMEXIT_SCRIPT_DR0 && !cpu_x86_update_dr7))
+        return false;
+    if (number < VMEXIT_SCRIPT_DR0 || number == VMEXIT_SCRIPT_DR6) {
+        memcpy(at, &value, sizeof value);
+        return true;
+    }
+    uint64_t dr7 = 0;
+    qemu_read_system_register(vcpu, VMEXIT_SCRIPT_DR7, &dr7);
+    if (number == VMEXIT_SCRIPT_DR7) {
+        cpu_x86_update_dr7(qemu_env(vcpu), (uint32_t)value);
+        return true;
+    }
+    cpu_x86_update_dr7(qemu_env(vcpu), (uint32_t)dr7 & ~UINT32_C(0xff));
+    memcpy(at, &value, sizeof value);
+    cpu_x86_update_dr7(qemu_env(vcpu), (uint32_t)dr7);
+    return true;
+}
+
 /* ---- memory ---- */
+
+bool qemu_to_physical(unsigned vcpu, uint64_t address, uint64_t *physical)
+{
+    uint64_t attributes = 0;
+    if (!cpu_get_phys_page_attrs_debug)
+        return false;
+    qemu_lock();
+    uint64_t page = cpu_get_phys_page_attrs_debug(qemu_cpu(vcpu), address & ~UINT64_C(0xfff), &attributes);
+    qemu_unlock();
+    *physical = page | (address & 0xfff);
+    return page != UINT64_MAX;
+}
 
 bool qemu_access_memory(unsigned vcpu, bool physical, bool write, uint64_t address, void *bytes, uint32_t length)
 {

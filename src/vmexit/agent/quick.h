@@ -5,6 +5,8 @@
 #ifndef VMEXIT_QUICK_H
 #define VMEXIT_QUICK_H
 
+#include <pthread.h>
+
 #include "clock.h"
 #include "core.h"
 
@@ -31,6 +33,7 @@ struct table {
     struct rule *rules;
     size_t count;
     uint32_t last_id;
+    const struct script **scripts; /* of each event, or null */
     struct vmexit_event events[]; /* and the rules behind them */
 };
 
@@ -40,9 +43,11 @@ struct vcpu {
     struct vmexit_ring *ring;
     struct vmexit_record *records;
     uint64_t head; /* the ring's, kept where the debugger cannot write */
+    uint64_t *text;
+    uint64_t text_head;
     int eventfd;
     bool asking; /* waits for an answer */
-    char line[64 - 3 * sizeof(void *) - sizeof(uint64_t) - sizeof(int) - sizeof(bool)];
+    char line[64 - 4 * sizeof(void *) - 2 * sizeof(uint64_t) - sizeof(int) - sizeof(bool)];
 };
 
 extern struct core {
@@ -53,10 +58,13 @@ extern struct core {
     unsigned vcpu_count;
     uint64_t ring_mask;
     uint64_t half_mask; /* of half a ring */
+    uint64_t text_mask; /* in words */
     int shared_fd;
     int debugger_eventfd;
     struct table *table;
     struct table *retired;
+    pthread_mutex_t change_lock; /* held to change the table's events, or the table for another */
+    uint64_t changes; /* vmexit_shared.changes */
     uint64_t sequence; /* of the next record */
     uint32_t session; /* odd while a debugger is attached, and another number for each one */
     bool drop;

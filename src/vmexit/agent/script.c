@@ -304,7 +304,7 @@ static uint32_t print_text(context_t *context, uint32_t used, uint64_t address, 
 static uint64_t print(context_t *context, uint64_t format, uint64_t count, const uint64_t *slots, uint64_t strings, uint64_t wide,
                       uint64_t limited)
 {
-    uint32_t used = sizeof(struct vmexit_print);
+    uint32_t used = sizeof(struct vmexit_text);
     for (uint64_t i = 0; i < count; i++) {
         bool is_text = (strings | wide) >> i & 1;
         uint64_t value = slots[i];
@@ -327,7 +327,7 @@ static uint64_t print(context_t *context, uint64_t format, uint64_t count, const
         }
         memcpy(context->record + at, &value, sizeof value);
     }
-    struct vmexit_print header = {.size = used, .format = (uint32_t)format};
+    struct vmexit_text header = {.size = used, .number = (uint32_t)format};
     memcpy(context->record, &header, sizeof header);
     done(context, context->host->print ? context->host->print(context, context->record, used) : VMEXIT_FAULT_OUTPUT, 0);
     return 0;

@@ -35,6 +35,16 @@
 #define VMEXIT_MAX_LOCKS 8 /* spinlocks that one run can hold */
 #define VMEXIT_MAX_SLEEP 1000000 /* microseconds */
 
+/* The budgets of a run, unless they are set, and the most and least stack that can be set. */
+#define VMEXIT_DEFAULT_STEPS 1000000
+#define VMEXIT_DEFAULT_STACK 262144
+#define VMEXIT_MAX_STACK 1048576
+#define VMEXIT_MIN_STACK 32768
+#define VMEXIT_ARENA_STACK_BYTES 65536
+#define VMEXIT_LOCK_WAIT_NS 1000000000 /* before a lock counts as never to be had */
+
+#define VMEXIT_FIRST_TAG 0x1000000 /* $event_tag of event 0 */
+
 /* Registers beyond those of wire.h (VMEXIT_RAX ...), for get_register and set_register. */
 #define VMEXIT_SCRIPT_GDTR 33
 #define VMEXIT_SCRIPT_IDTR 34
@@ -87,6 +97,7 @@
 #define VMEXIT_FAULT_LENGTH 17
 #define VMEXIT_FAULT_OUTPUT 18
 #define VMEXIT_FAULT_SLEEP 19
+#define VMEXIT_FAULT_EVENT 20
 
 /* vmexit_script_context.functions, by number. Each is called as uint64_t f(context, uint64_t...) and may set `error`. */
 #define VMEXIT_CALL_GET_REGISTER 0 /* number */
@@ -160,12 +171,8 @@ struct vmexit_script_context {
     uint8_t *record; /* VMEXIT_MAX_PRINT bytes: a print on its way out */
 };
 
-/* What one print leaves: this, then `slots` times 8 bytes; behind the slot of a string, whose value is its length in bytes, these bytes,
- * rounded up to 8. */
-struct vmexit_print {
-    uint32_t size; /* of all of it, in bytes */
-    uint32_t format; /* its number in the script */
-};
+/* What one print leaves: a struct vmexit_text (wire.h), then `slots` times 8 bytes; behind the slot of a string, whose value is its length
+ * in bytes, these bytes, rounded up to 8. */
 
 /* What a script reaches beyond itself. A null function is one that this host does not have. Those that answer an int say 0 for "done"
  * and otherwise the fault (VMEXIT_FAULT_...). */
@@ -182,7 +189,7 @@ struct vmexit_script_host {
     int (*flush)(struct vmexit_script_context *context);
 };
 
-/* A script run without a machine (script_eval.c): registers and memory as given, virtual addresses are physical ones. */
+/* A script run in the debugger (script_eval.c): registers and memory as given, virtual addresses are physical ones. */
 struct vmexit_eval_memory {
     uint64_t address;
     uint64_t length;
@@ -198,6 +205,8 @@ struct vmexit_eval {
     uint64_t output_used;
     /* Called with the machine when the output is full: takes what is there; not 0 ends the run. */
     int (*drain)(struct vmexit_eval *eval);
+    /* Null, or what reaches a real machine: instead of all that is said above but for the general registers and the output. */
+    const struct vmexit_script_host *live;
 };
 
 #endif

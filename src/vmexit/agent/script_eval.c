@@ -1,5 +1,5 @@
-/* Scripts without a machine: the registers and the memory are what the caller gives. The debugger loads the agent's library into its own
- * process for this, so that a script means the same there and at a trap. */
+/* Scripts in the debugger, without a machine or beside one. The debugger loads the agent's library into its own process for this, so that
+ * a script means the same there and at a trap. */
 #include <stdbool.h>
 #include <string.h>
 
@@ -95,11 +95,16 @@ EXPORT uint32_t vmexit_script_eval(context_t *context, const void *entry, uint64
     uint32_t error = 0;
     script_entry run;
     memcpy(&run, &entry, sizeof run);
-    context->host = &host;
+    const struct vmexit_script_host *live = eval_of(context)->live;
+    struct vmexit_script_host chosen = live ? *live : host;
+    chosen.print = print;
+    chosen.flush = flush;
+    context->host = &chosen;
     context->registers = eval_of(context)->registers;
     script_prepare(context);
     while (error == 0 && repeat-- > 0)
         error = script_run(context, run, steps);
+    context->host = NULL;
     return error;
 }
 

@@ -42,7 +42,6 @@ struct place {
     uintptr_t site;
     uintptr_t return_address; /* into translated code; 0: the vCPU is between two blocks, with its state complete */
     bool precise;
-    bool locked; /* the big QEMU lock is held */
 };
 
 static struct {
@@ -190,16 +189,77 @@ static void set_asked(struct trap *trap, const uint64_t *values, uint32_t change
     }
 }
 
-static void before_sleep(struct trap *trap)
+/* The state holds the general registers at every trap: the helper that carries the instruction out wants them there, or has just left
+ * them there. What is written is found by that helper, or by what is executed next. */
+static void get_general(struct trap *trap, uint64_t *values)
 {
-    if (((struct place *)trap->place)->locked)
-        qemu_unlock();
+    const uint64_t *env = qemu_env(trap->vcpu);
+    if (env) {
+        memcpy(values, env, 16 * sizeof *values);
+        return;
+    }
+    for (unsigned number = 0; number < 16; number++)
+        values[number] = read_register(trap->vcpu, trap->place, number);
 }
 
-static void after_sleep(struct trap *trap)
+static void set_general(struct trap *trap, const uint64_t *values, uint32_t changed)
 {
-    if (((struct place *)trap->place)->locked)
-        qemu_lock();
+    uint64_t *env = qemu_env(trap->vcpu);
+    if (env == NULL) {
+        make_precise(trap);
+        set_asked(trap, values, changed);
+        return;
+    }
+    for (unsigned number = 0; number < 16; number++)
+        if (changed >> number & 1)
+            env[number] = values[number];
+}
+
+static bool read_any_register(struct trap *trap, unsigned number, uint64_t *value)
+{
+    const struct place *place = trap->place;
+    if (number == VMEXIT_RIP && trap->stage == VMEXIT_PRE && !place->precise) {
+        *value = trap->rip;
+        return true;
+    }
+    if (number >= VMEXIT_REGISTERS)
+        return qemu_read_system_register(trap->vcpu, number, value);
+    if (number == VMEXIT_RIP || number == VMEXIT_RFLAGS)
+        make_precise(trap);
+    bool stale = number == VMEXIT_RFLAGS && place->return_address;
+    *value = stale ? qemu_read_rflags(trap->vcpu) : read_register(trap->vcpu, place, number);
+    return true;
+}
+
+static bool write_any_register(struct trap *trap, unsigned number, uint64_t value)
+{
+    const struct place *place = trap->place;
+    make_precise(trap);
+    if (number >= VMEXIT_REGISTERS)
+        return qemu_write_system_register(trap->vcpu, number, value);
+    if (!place->return_address)
+        qemu_poke_register(trap->vcpu, number, value);
+    else if (number == VMEXIT_RFLAGS)
+        qemu_write_rflags(trap->vcpu, value);
+    else
+        qemu_write_register(trap->vcpu, number, value);
+    return true;
+}
+
+static bool reach_memory(struct trap *trap, bool physical, bool write, uint64_t address, void *bytes, uint32_t length)
+{
+    return qemu_access_memory(trap->vcpu, physical, write, address, bytes, length);
+}
+
+static bool to_physical(struct trap *trap, uint64_t address, uint64_t *physical)
+{
+    return qemu_to_physical(trap->vcpu, address, physical);
+}
+
+static bool to_virtual(struct trap *trap, uint64_t physical, uint64_t *address)
+{
+    (void)trap, (void)physical, (void)address;
+    return false;
 }
 
 static void halt(void)
@@ -276,8 +336,13 @@ static struct door door = {
     .name = "tcg",
     .get_asked = get_asked,
     .set_asked = set_asked,
-    .before_sleep = before_sleep,
-    .after_sleep = after_sleep,
+    .get_general = get_general,
+    .set_general = set_general,
+    .read_register = read_any_register,
+    .write_register = write_any_register,
+    .reach_memory = reach_memory,
+    .to_physical = to_physical,
+    .to_virtual = to_virtual,
     .get_registers = get_registers,
     .set_register = set_register,
     .access_memory = access_memory,
@@ -384,19 +449,20 @@ static void post_work(void *cpu, void *data)
 {
     unsigned vcpu = (unsigned)(uintptr_t)data;
     struct executed executed = tcg.executed[vcpu];
-    struct place place = {.precise = true, .locked = true};
+    struct place place = {.precise = true};
     bool interrupted;
     (void)cpu;
     tcg.executed[vcpu].pending = false;
-    /* QEMU runs such work under its big lock; reading memory takes it, so it is let go of here already. */
-    qemu_unlock();
-    bool completed = executed.pending && has_completed(vcpu, &executed, &interrupted);
-    qemu_lock();
-    if (!completed)
+    if (!executed.pending)
         return;
-    struct trap trap = make_trap(vcpu, &place, executed.access, executed.length, executed.rip);
-    trap.flags = interrupted ? VMEXIT_INTERRUPTED : 0;
-    run_post(&trap, &executed);
+    /* QEMU runs such work under its big lock, which reading memory takes too, and which must not be held while a vCPU waits. */
+    qemu_unlock();
+    if (has_completed(vcpu, &executed, &interrupted)) {
+        struct trap trap = make_trap(vcpu, &place, executed.access, executed.length, executed.rip);
+        trap.flags = interrupted ? VMEXIT_INTERRUPTED : 0;
+        run_post(&trap, &executed);
+    }
+    qemu_lock();
 }
 
 static void leave(struct trap *trap) __attribute__((noreturn));

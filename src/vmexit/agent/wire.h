@@ -13,7 +13,7 @@
 #include <stdint.h>
 
 #define VMEXIT_WIRE_MAGIC 0x74697865
-#define VMEXIT_WIRE_VERSION 1
+#define VMEXIT_WIRE_VERSION 2
 
 #define VMEXIT_MAX_EVENTS 256
 #define VMEXIT_MAX_RANGES 16
@@ -32,6 +32,10 @@
 #define VMEXIT_RECORD 1
 #define VMEXIT_ASK 2
 #define VMEXIT_BREAK 4
+#define VMEXIT_SCRIPT 8
+/* What only stands in a record: a script has printed, or its run was ended. */
+#define VMEXIT_PRINT 16
+#define VMEXIT_FAULT 32
 
 /* vmexit_event.flags */
 #define VMEXIT_ENABLED 1
@@ -99,7 +103,7 @@ struct vmexit_event {
     uint8_t flags;
     uint32_t core; /* a vCPU's index or VMEXIT_ALL_CORES */
     uint32_t range_count;
-    uint32_t reserved;
+    uint32_t script; /* what VMEXIT_SCRIPT runs: the number that it was added with (VMEXIT_ADD_SCRIPT); else 0 */
     struct vmexit_range ranges[VMEXIT_MAX_RANGES];
 };
 
@@ -117,7 +121,16 @@ struct vmexit_record {
     uint8_t action;
     uint8_t flags;
     uint8_t length; /* of the instruction, in bytes */
-    uint8_t reserved[9];
+    uint8_t reserved;
+    uint32_t script; /* with VMEXIT_PRINT and VMEXIT_FAULT: whose */
+    uint32_t text; /* with these: where what it left begins in the ring's text, in words of 8 bytes, modulo 2^32 */
+};
+
+/* What a script leaves in the text of its vCPU's ring: this, then with VMEXIT_PRINT the slots (script.h), with VMEXIT_FAULT two words:
+ * the number of the place in the source, and the address or number to blame. */
+struct vmexit_text {
+    uint32_t size; /* of all of it, in bytes, a multiple of 8 */
+    uint32_t number; /* of the format, or of the fault (script.h) */
 };
 
 /* A question that a vCPU has stopped for, and its answer. The vCPU fills it, publishes a record with action VMEXIT_ASK and
@@ -137,9 +150,11 @@ struct vmexit_ring {
     uint64_t dropped; /* records that found no room (overflow policy drop); the agent's */
     uint64_t waits; /* times that the vCPU had to wait for room; the agent's */
     uint64_t urgent; /* head behind the last record that the debugger should see at once; the agent's */
-    uint64_t agent_line[4];
+    uint64_t text_head; /* words of text written; the agent's */
+    uint64_t agent_line[3];
     uint64_t tail; /* records read; the debugger's */
-    uint64_t debugger_line[7];
+    uint64_t text_tail; /* words of text that are no longer needed; the debugger's */
+    uint64_t debugger_line[6];
     uint64_t waiting; /* why the vCPU sleeps on its eventfd, or 0; the agent's */
     uint64_t waiting_line[7];
     struct vmexit_question question;
@@ -154,14 +169,24 @@ struct vmexit_shared {
     uint32_t ring_records; /* records a ring holds, a power of two */
     uint64_t records_offset; /* of the first ring's records from the start of the shared memory, in bytes */
     uint64_t size; /* of the shared memory, in bytes */
-    uint64_t header_line[4];
+    uint64_t text_offset; /* of the first ring's text */
+    uint64_t globals_offset; /* of the scripts' global variables, VMEXIT_MAX_GLOBALS words; the agent's and the debugger's */
+    uint32_t ring_words; /* words of text a ring holds, a power of two */
+    uint32_t reserved;
+    uint64_t changes; /* times that a script has enabled, disabled or cleared an event; the agent's */
     uint64_t sleeping; /* 1: the debugger sleeps and wants its eventfd written; the debugger's */
     uint64_t sleeping_line[7];
+    uint8_t states[VMEXIT_MAX_EVENTS]; /* by vmexit_event.slot: what scripts have made of the events (VMEXIT_STATE_...); the agent's */
 };
+
+/* vmexit_shared.states; anything else: as the debugger has set it. */
+#define VMEXIT_STATE_ENABLED 1
+#define VMEXIT_STATE_DISABLED 2
+#define VMEXIT_STATE_CLEARED 3
 
 /* Control messages. The debugger asks, the agent answers each with the same type and serial, status 0 or an error. */
 #define VMEXIT_HELLO 1 /* -> struct vmexit_hello, with the memfd and the debugger's eventfd attached */
-#define VMEXIT_EVENTS 2 /* struct vmexit_event[count]: replaces all events; rising ids */
+#define VMEXIT_EVENTS 2 /* struct vmexit_event[count], address = vmexit_shared.changes as known: replaces all events; rising ids */
 #define VMEXIT_OVERFLOW 3 /* argument 0: a full ring makes the vCPU wait; 1: drops and counts */
 #define VMEXIT_HOLD 4 /* argument 1: the debugger keeps the machine halted; if the link breaks, the agent resumes it */
 #define VMEXIT_DECIDE 5 /* vcpu, argument 1 or 0: short-circuit the execution that this vCPU is stopped before, or not */
@@ -171,6 +196,8 @@ struct vmexit_shared {
 #define VMEXIT_READ_PHYSICAL 9
 #define VMEXIT_WRITE_VIRTUAL 10 /* vcpu, address, bytes behind the header */
 #define VMEXIT_WRITE_PHYSICAL 11
+#define VMEXIT_ADD_SCRIPT 12 /* struct vmexit_script_file, the file attached; forgotten unless the next VMEXIT_EVENTS names it */
+#define VMEXIT_SCRIPT_LIMITS 13 /* address = steps, argument = bytes of the native stack that a run may take */
 /* Notices of the agent, with serial 0. */
 #define VMEXIT_VCPU 64 /* vcpu has come up; its eventfd is attached */
 
@@ -182,6 +209,7 @@ struct vmexit_shared {
 #define VMEXIT_UNREADABLE 4 /* the address is not mapped */
 #define VMEXIT_UNAVAILABLE 5 /* this VMM does not let the agent do it */
 #define VMEXIT_WRONG_VERSION 6
+#define VMEXIT_STALE 7 /* scripts have changed events since (vmexit_shared.changes): look, and ask again */
 
 struct vmexit_message {
     uint32_t magic;
@@ -193,6 +221,14 @@ struct vmexit_message {
     uint64_t address;
     uint32_t length; /* of what follows, in bytes */
     uint32_t reserved;
+};
+
+/* A compiled script (script.h) is a file in memory, sealed against writing: its code, then from the next page on its constants. */
+struct vmexit_script_file {
+    uint32_t script; /* its number: never 0, never given twice */
+    uint32_t entry; /* offset in the code */
+    uint32_t code_size; /* in bytes */
+    uint32_t constants_size;
 };
 
 struct vmexit_hello {

@@ -12,6 +12,7 @@ from vmexit.link.wire import Access, Action, Stage
 
 if TYPE_CHECKING:
     from vmexit.recording import Recording
+    from vmexit.script.compile import CompiledScript
     from vmexit.trap import LiveTrap
 
 Callback = Callable[["LiveTrap"], None]
@@ -37,6 +38,8 @@ class Event:
     action: Action = Action.BREAK
     callback: Callback | None = None
     """What Action.ASK calls."""
+    script: CompiledScript | None = field(default=None, repr=False)
+    """What Action.SCRIPT runs, in the vCPU's thread."""
     short_circuit: bool = False
     immediate: bool = True
     """Records are wanted at once; else they may be gathered, which costs a trap less."""
@@ -47,6 +50,8 @@ class Event:
     """The event's number, from 0; given by the table that takes it in."""
     slot: int = -1
     """Where the agent counts its hits; given by the table."""
+    faults: int = 0
+    """Runs of its script that were ended."""
     recording: Recording | None = field(default=None, repr=False)
     """Where its records are kept; None: they are only counted and passed on."""
 
@@ -54,5 +59,7 @@ class Event:
         """Raises EventError for options that contradict each other."""
         if self.short_circuit and self.stage & Stage.POST:
             raise EventError("sc", "'sc on' needs 'stage pre': what has been executed cannot be short-circuited any more")
-        if (self.action == Action.ASK) != (self.callback is not None):
+        if bool(self.action & Action.ASK) != (self.callback is not None):
             raise EventError("script", "a callback and the action that calls it go together")
+        if bool(self.action & Action.SCRIPT) != (self.script is not None):
+            raise EventError("script", "a script and the action that runs it go together")

@@ -28,6 +28,7 @@ _MEANING = {
     Status.UNREADABLE: "the address is not mapped",
     Status.UNAVAILABLE: "this QEMU does not let the agent do that",
     Status.WRONG_VERSION: "the agent in this machine is of another version of vmexit",
+    Status.STALE: "scripts have changed events in the meantime",
 }
 
 
@@ -93,7 +94,7 @@ class Link:
         """The socket, to be waited for: readable means a notice, or that the VMM is gone."""
         return self._socket.fileno()
 
-    def _send(self, kind: MessageType, vcpu: int, argument: int, address: int, payload: bytes) -> None:
+    def _send(self, kind: MessageType, vcpu: int, argument: int, address: int, payload: bytes, file: int | None) -> None:
         if self.closed:
             raise LinkError("the link is closed")
         self._serial += 1
@@ -108,7 +109,7 @@ class Link:
             length=len(payload),
         )
         try:
-            self._socket.sendall(header + payload)
+            socket.send_fds(self._socket, [header + payload], [] if file is None else [file])
         except OSError as error:
             raise LinkError(f"the link to the agent is broken: {error.strerror}") from None
 
@@ -154,9 +155,10 @@ class Link:
         address: int = 0,
         payload: bytes = b"",
         fds: list[int] | None = None,
+        file: int | None = None,
     ) -> bytes:
         try:
-            self._send(kind, vcpu, argument, address, payload)
+            self._send(kind, vcpu, argument, address, payload, file)
         except LinkError:
             # An agent that is busy says so and hangs up, without waiting to be asked.
             if self.closed or not select.select([self._socket], [], [], 0)[0]:
@@ -185,9 +187,25 @@ class Link:
 
     # What can be asked for. Each raises LinkError, or RequestError with the agent's own reason.
 
-    def set_events(self, events: Sequence[bytes]) -> None:
-        """Replaces all events (packed ``vmexit_event``, ids rising); holds from the next instruction on."""
-        self._exchange(MessageType.EVENTS, argument=len(events), payload=b"".join(events))
+    def set_events(self, events: Sequence[bytes], changes: int = 0) -> None:
+        """Replaces all events (packed ``vmexit_event``, ids rising); holds from the next instruction on.
+
+        ``changes``: how often scripts had changed events when ``events`` was made (Rings.changes); RequestError (STALE) where
+        they have done so again since.
+        """
+        self._exchange(MessageType.EVENTS, argument=len(events), address=changes, payload=b"".join(events))
+
+    def add_script(self, number: int, file: int, entry: int, code_size: int, constants_size: int) -> None:
+        """Hands over a compiled script: ``file`` holds its code and, from the next page on, its constants; it stays the caller's.
+
+        The agent forgets it unless the next set_events names ``number``, which is never 0 and never given twice.
+        """
+        described = wire.pack("script_file", script=number, entry=entry, code_size=code_size, constants_size=constants_size)
+        self._exchange(MessageType.ADD_SCRIPT, payload=described, file=file)
+
+    def set_script_limits(self, steps: int, stack: int) -> None:
+        """What a run of a script may take: steps, and bytes of the native stack (wire's MIN_STACK to MAX_STACK)."""
+        self._exchange(MessageType.SCRIPT_LIMITS, argument=stack, address=steps)
 
     def set_overflow(self, drop: bool) -> None:
         """A full ring drops and counts (True) or makes the vCPU wait (False)."""

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from vmexit.errors import LinkError
 from vmexit.link import wire
+from vmexit.link.wire import EventState
 
 Records = npt.NDArray[np.void]
 """Records (wire.RECORD), rising by sequence number."""
@@ -35,7 +36,10 @@ class Rings:
         header = wire.unpack("shared", memory[: wire.size("shared")])
         rings_end = wire.size("shared") + header.vcpus * wire.size("ring")
         records_end = header.records_offset + header.vcpus * header.ring_records * wire.size("record")
-        is_sound = rings_end <= header.records_offset and records_end <= header.size <= len(memory)
+        text_end = header.text_offset + header.vcpus * header.ring_words * _U64
+        globals_end = header.globals_offset + wire.MAX_GLOBALS * _U64
+        is_sound = rings_end <= header.records_offset and records_end <= header.text_offset and text_end <= header.globals_offset
+        is_sound &= globals_end <= header.size <= len(memory)
         if header.magic != wire.MAGIC or header.version != wire.VERSION or not is_sound:
             raise LinkError("the agent's shared memory is not what this version of vmexit expects")
         self.vcpus: int = header.vcpus
@@ -56,6 +60,15 @@ class Rings:
             )
             for i in range(self.vcpus)
         ]
+        self._text = np.frombuffer(memory, np.uint64, header.vcpus * header.ring_words, header.text_offset)
+        self._text = self._text.reshape(header.vcpus, header.ring_words)
+        self._capacity_words: int = header.ring_words
+        self.globals: npt.NDArray[np.uint64] = np.frombuffer(memory, np.uint64, wire.MAX_GLOBALS, header.globals_offset)
+        """The scripts' global variables, by their index; they can be written."""
+        self._changes = wire.offset("shared", "changes") // _U64
+        self._states = wire.offset("shared", "states")
+        self._text_head = wire.offset("ring", "text_head") // _U64
+        self._text_tail = wire.offset("ring", "text_tail") // _U64
         self._head = wire.offset("ring", "head") // _U64
         self._tail = wire.offset("ring", "tail") // _U64
         self._urgent = wire.offset("ring", "urgent") // _U64
@@ -76,6 +89,8 @@ class Rings:
         self._words = memoryview(bytearray(words[: self._rings_end])).cast("Q")
         words.release()
         self._records.clear()
+        self.globals = self.globals.copy()
+        self._text = self._text[:0]
         # An exception that came out of here (Ctrl-C) may still hold views; with the last of them the memory goes.
         with contextlib.suppress(BufferError):
             self._memory.close()
@@ -147,7 +162,10 @@ class Rings:
         """Whether a ring holds something to be seen at once, or is filling up."""
         words = self._words
         tail = words[base + self._tail]
-        return words[base + self._urgent] > tail or words[base + self._head] - tail >= self._capacity // 2
+        if words[base + self._urgent] > tail or words[base + self._head] - tail >= self._capacity // 2:
+            return True
+        words_used: int = words[base + self._text_head] - words[base + self._text_tail]
+        return words_used >= self._capacity_words // 2
 
     def calls(self) -> bool:
         """Whether there is something to be seen at once, or a ring is filling up."""
@@ -170,6 +188,36 @@ class Rings:
         self._words[self._sleeping] = 0
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.wake_fd)
+
+    def text(self, records: Records, start: int, words: int) -> npt.NDArray[np.uint64]:
+        """Of what each of these records (Action.PRINT, FAULT) has left as text, so many words from that one on; a row each."""
+        mask = np.uint32(self._text.shape[1] - 1)
+        places = (records["text"][:, np.newaxis] + np.arange(start, start + words, dtype=np.uint32)) & mask
+        found: npt.NDArray[np.uint64] = self._text[records["vcpu"][:, np.newaxis], places]
+        return found
+
+    def release_text(self, records: Records) -> None:
+        """Makes room: the text of these records, all that drain() has given, is no longer needed."""
+        if not len(self._text):
+            return
+        for vcpu in np.unique(records["vcpu"]).tolist():
+            last = records[np.flatnonzero(records["vcpu"] == vcpu)[-1:]]
+            size = int(self.text(last, 0, 1)[0, 0]) & 0xFFFF_FFFF
+            base = self._rings[vcpu]
+            tail = self._words[base + self._text_tail]
+            self._words[base + self._text_tail] = tail + ((int(last["text"][0]) + size // _U64 - tail) & 0xFFFF_FFFF)
+            if self._words[base + self._waiting] == wire.WAITS_FOR_ROOM:
+                self._wake(vcpu)
+
+    @property
+    def changes(self) -> int:
+        """How often scripts have enabled, disabled or cleared events."""
+        return self._words[self._changes]
+
+    def state(self, slot: int) -> EventState | None:
+        """What scripts have made of the event with this slot since events were last set; None: nothing."""
+        value = self._words[(self._states + slot) // _U64] >> (self._states + slot) % _U64 * 8 & 0xFF
+        return EventState(value) if value else None
 
     def question_registers(self, vcpu: int) -> list[int]:
         """The registers (16 general, RIP, RFLAGS) of a vCPU whose ASK record was drained and is not answered yet."""

@@ -7,7 +7,7 @@ import numpy as np
 
 from vmexit.link.header import read_headers
 
-ffi, _constants = read_headers("wire.h")
+ffi, _constants = read_headers("wire.h", "script.h")
 
 
 def constant(name: str) -> int:
@@ -36,6 +36,11 @@ class Action(enum.IntFlag):
     RECORD = constant("RECORD")
     ASK = constant("ASK")
     BREAK = constant("BREAK")
+    SCRIPT = constant("SCRIPT")
+    PRINT = constant("PRINT")
+    """Only of a record: a script has printed."""
+    FAULT = constant("FAULT")
+    """Only of a record: a script's run was ended."""
 
 
 class EventFlag(enum.IntFlag):
@@ -84,6 +89,8 @@ class MessageType(enum.IntEnum):
     READ_PHYSICAL = constant("READ_PHYSICAL")
     WRITE_VIRTUAL = constant("WRITE_VIRTUAL")
     WRITE_PHYSICAL = constant("WRITE_PHYSICAL")
+    ADD_SCRIPT = constant("ADD_SCRIPT")
+    SCRIPT_LIMITS = constant("SCRIPT_LIMITS")
     VCPU = constant("VCPU")
 
 
@@ -97,6 +104,15 @@ class Status(enum.IntEnum):
     UNREADABLE = constant("UNREADABLE")
     UNAVAILABLE = constant("UNAVAILABLE")
     WRONG_VERSION = constant("WRONG_VERSION")
+    STALE = constant("STALE")
+
+
+class EventState(enum.IntEnum):
+    """What a script has made of an event (``vmexit_shared.states``)."""
+
+    ENABLED = constant("STATE_ENABLED")
+    DISABLED = constant("STATE_DISABLED")
+    CLEARED = constant("STATE_CLEARED")
 
 
 MAGIC = constant("WIRE_MAGIC")
@@ -104,6 +120,7 @@ VERSION = constant("WIRE_VERSION")
 MAX_EVENTS = constant("MAX_EVENTS")
 MAX_RANGES = constant("MAX_RANGES")
 MAX_TRANSFER = constant("MAX_TRANSFER")
+MAX_GLOBALS = constant("MAX_GLOBALS")
 ALL_CORES = constant("ALL_CORES")
 WAITS_FOR_ROOM = constant("WAITS_FOR_ROOM")
 REGISTERS = constant("REGISTERS")

@@ -38,6 +38,7 @@ _MESSAGES = {
     "ATOMIC": "{detail:#x} is not the address of a variable",
     "LENGTH": "{detail:#x} bytes cannot be copied at once",
     "OUTPUT": "nobody takes the output any more",
+    "EVENT": "there is no event {detail:x}",
     "SLEEP": "a script can sleep for {limit} microseconds at most",
 }
 _HINTS = {
@@ -66,6 +67,8 @@ class CompiledScript:
     """By the number of a fault's place, less 1."""
     globals: tuple[Global, ...]
     """All that it uses."""
+    registers: Place | None
+    """Where it first names one of the 16 general registers; None: nowhere."""
 
     def fault(self, error: int, place: int, detail: int) -> ScriptRunError:
         """The error for the user, from what a failed run left in its context."""
@@ -151,6 +154,7 @@ class Compiler:
             code.entry,
             program.constants,
             tuple(program.formats),
-            tuple(places),
+            tuple(places.places),
             tuple(program.globals),
+            places.general,
         )

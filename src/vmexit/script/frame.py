@@ -48,6 +48,8 @@ class Places:
 
     def __init__(self) -> None:
         self.places: list[Place] = []
+        self.general: Place | None = None
+        """Where a general register is named first."""
         self._numbers: dict[Place, int] = {}
 
     def number(self, place: Place) -> int:
@@ -351,6 +353,7 @@ class Frame:
                 self.call("SET_REGISTER", [number(which), value], place)
 
             return Spot(lambda: self.call("GET_REGISTER", [number(which)], place), store)
+        self.places.general = self.places.general or place
         cell = self.builder.gep(self.registers, [number(which)], source_etype=I64)
 
         def store_general(value: Any) -> None:

@@ -27,10 +27,10 @@ _FLOAT_OPERATION = {"+": "fadd", "-": "fsub", "*": "fmul", "/": "fdiv"}
 _INT_OPERATION = {"+": "add", "-": "sub", "*": "mul", "&": "and_", "|": "or_", "^": "xor"}
 
 
-def lower(program: typed.Program, triple: str, data_layout: str) -> tuple[str, list[Place]]:
+def lower(program: typed.Program, triple: str, data_layout: str) -> tuple[str, Places]:
     """The module's text, and the places that its fault numbers stand for (number 0 for none)."""
     module = _Module(program, triple, data_layout)
-    return str(module.module), module.places.places
+    return str(module.module), module.places
 
 
 class _Module:

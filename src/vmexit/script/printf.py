@@ -158,7 +158,7 @@ def _conversion(match: re.Match[bytes]) -> Conversion | None:
 
 
 def records_of(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """The prints in what a run left behind (struct vmexit_print): the number of the format, and the slots."""
+    """The prints in what a run left behind (struct vmexit_text): the number of the format, and the slots."""
     at = 0
     while at < len(data):
         size, number = struct.unpack_from("<II", data, at)

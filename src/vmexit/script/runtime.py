@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import Any, Protocol
 
 from vmexit.errors import VmexitError
 from vmexit.script import abi
@@ -19,14 +19,21 @@ from vmexit.script.compile import CompiledScript
 from vmexit.script.names import REGISTERS
 from vmexit.script.printf import records_of, render
 
-DEFAULT_STEPS = 1_000_000
+DEFAULT_STEPS = constant("DEFAULT_STEPS")
 """Turns of loops, calls, and 64-byte pieces of what is copied or compared, that a run may take."""
-DEFAULT_STACK = 256 * 1024
+DEFAULT_STACK = constant("DEFAULT_STACK")
 """Bytes of the native stack that a run may take."""
-_ARENA_STACK = 64 * 1024
-_LOCK_WAIT_NS = 100_000_000
+MIN_STACK, MAX_STACK = constant("MIN_STACK"), constant("MAX_STACK")
+_ARENA_STACK = constant("ARENA_STACK_BYTES")
+_LOCK_WAIT_NS = constant("LOCK_WAIT_NS")
 _OUTPUT = 256 * 1024
 _MAX_GLOBALS = constant("MAX_GLOBALS")
+_GENERAL = 16
+_EVENT_CALLS = {
+    constant("CALL_EVENT_ENABLE"): constant("STATE_ENABLED"),
+    constant("CALL_EVENT_DISABLE"): constant("STATE_DISABLED"),
+    constant("CALL_EVENT_CLEAR"): constant("STATE_CLEARED"),
+}
 _MFD_EXEC = 0x10  # Linux 6.3; uapi/linux/memfd.h
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
@@ -46,22 +53,33 @@ def _library() -> Any:
         raise VmexitError(f"the agent's library cannot be loaded: {error}; was the package built?") from None
 
 
+def check_limits(steps: int, stack: int) -> None:
+    """Raises VmexitError for limits of a run that make no sense."""
+    if not 0 < steps < 1 << 64:
+        raise VmexitError("a run needs one step at least, and 2^64 - 1 are the most")
+    if not MIN_STACK <= stack <= MAX_STACK:
+        raise VmexitError(f"the stack of a run can have {MIN_STACK:x} to {MAX_STACK:x} bytes")
+
+
 def instruction_length(code: bytes, bits: int) -> int:
     """Bytes of the x86 instruction at the start of `code` in 64- or 32-bit mode, as disassemble_len sees it; 0: none."""
     return int(_library().vmexit_script_instruction_length(code, len(code), bits))
 
 
-def sealed_code(code: bytes) -> int:
-    """A file descriptor of a file in memory with this code, which nobody can write to any more. The caller closes it."""
+def sealed_file(code: bytes, constants: bytes = b"") -> int:
+    """A file descriptor of a file in memory with this code and, from the next page on, the constants. The caller closes it.
+
+    Nobody can write to it any more.
+    """
     try:
         descriptor = os.memfd_create("vmexit-script", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | _MFD_EXEC)
     except OSError:
         descriptor = os.memfd_create("vmexit-script", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        size = -(-len(code) // mmap.PAGESIZE) * mmap.PAGESIZE
         # Beyond the code, and where it is not to be entered: INT3.
         with os.fdopen(os.dup(descriptor), "wb") as file:
-            file.write(code.ljust(size, b"\xcc"))
+            file.write(code.ljust(_in_pages(len(code)), b"\xcc"))
+            file.write(constants.ljust(_in_pages(len(constants)), b"\0"))
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
     except BaseException:
         os.close(descriptor)
@@ -69,11 +87,15 @@ def sealed_code(code: bytes) -> int:
     return descriptor
 
 
+def _in_pages(size: int) -> int:
+    return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
 class NativeCode:
     """Code that this process can run. It was written through another view of the same memory, which is gone by then."""
 
     def __init__(self, code: bytes) -> None:
-        descriptor = sealed_code(code)
+        descriptor = sealed_file(code)
         try:
             size = os.fstat(descriptor).st_size
             self._memory = mmap.mmap(descriptor, size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_EXEC)
@@ -86,9 +108,21 @@ class NativeCode:
         return ffi.cast("const void *", int(ffi.cast("uintptr_t", self._view)) + offset)
 
 
+class Live(Protocol):
+    """A real machine, as a script reaches it that runs in the debugger. Each raises VmexitError where that is not possible."""
+
+    def get_register(self, number: int) -> int: ...
+    def set_register(self, number: int, value: int) -> None: ...
+    def read(self, physical: bool, address: int, length: int) -> bytes: ...
+    def write(self, physical: bool, address: int, data: bytes) -> None: ...
+    def short_circuit(self, on: bool) -> None: ...
+    def change_event(self, state: int, event: int) -> None: ...
+    def pause(self) -> None: ...
+
+
 @dataclass(slots=True)
 class Machine:
-    """What a script finds when it runs without a machine. A run changes it."""
+    """What a script finds when it runs in this process. A run changes it."""
 
     registers: dict[int, int] = field(default_factory=dict)
     """By number (names.REGISTERS); the others are 0."""
@@ -98,6 +132,8 @@ class Machine:
     """Pseudo-registers by name: context, core ..."""
     buffer: bytearray = field(default_factory=bytearray)
     """$buffer; where empty, that is 0."""
+    live: Live | None = None
+    """Where registers and memory are; ``registers`` then holds the 16 general ones, and ``memory`` is of no use."""
 
     def set_register(self, name: str, value: int) -> None:
         """Set a register or a part of one by its name, in lower case. KeyError, ValueError as guest.registers."""
@@ -111,7 +147,8 @@ class Runtime:
     def __init__(self, steps: int = DEFAULT_STEPS, stack: int = DEFAULT_STACK) -> None:
         self.steps = steps
         self.stack = stack
-        self.globals = ffi.new("uint64_t[]", _MAX_GLOBALS)
+        self.globals: Any = ffi.buffer(ffi.new("uint64_t[]", _MAX_GLOBALS))
+        """The cells of the global variables: anything of that size that can be written to."""
         self._stack = ffi.new("uint64_t[]", _ARENA_STACK // 8)
         self._output = ffi.new("uint8_t[]", _OUTPUT)
         self._record = ffi.new("uint8_t[]", constant("MAX_PRINT"))
@@ -158,6 +195,10 @@ class _Run:
         self.machine.registers = {number: value for number, value in enumerate(self.eval.registers) if value}
         if self.failed is not None:
             raise self.failed
+        if self.machine.live is not None:
+            for number in range(_GENERAL):
+                if self.context.changed >> number & 1:
+                    self.machine.live.set_register(number, self.eval.registers[number])
         if error:
             raise script.fault(error, self.context.place, self.context.detail)
 
@@ -177,6 +218,8 @@ class _Run:
         eval_.memory, eval_.memory_count = regions, len(machine.memory)
         eval_.output, eval_.output_size = self.runtime._output, _OUTPUT
         eval_.drain = self.keep(ffi.callback("int(struct vmexit_eval *)", lambda _: self.drain()))
+        if machine.live is not None:
+            eval_.live = self.live_host(machine.live)
 
     def fill_context(self) -> None:
         context, runtime = self.context, self.runtime
@@ -184,7 +227,7 @@ class _Run:
         buffer = self.keep(ffi.from_buffer(self.machine.buffer))
         segments = {
             "CONSTANTS": (constants, len(self.script.constants), 0),
-            "GLOBALS": (runtime.globals, 8 * _MAX_GLOBALS, 1),
+            "GLOBALS": (self.keep(ffi.from_buffer(runtime.globals)), 8 * _MAX_GLOBALS, 1),
             "STACK": (runtime._stack, _ARENA_STACK, 1),
             "BUFFER": (buffer, len(self.machine.buffer), 1),
         }
@@ -200,6 +243,65 @@ class _Run:
         context.lock_wait_ns = _LOCK_WAIT_NS
         context.native_budget = runtime.stack
         context.local_time = time.localtime().tm_gmtoff
+
+    def live_host(self, live: Live) -> Any:
+        """The C functions (struct vmexit_script_host) that reach a real machine."""
+
+        def get_register(_: Any, number: int, value: Any) -> int:
+            value[0] = live.get_register(number)
+            return 0
+
+        def set_register(_: Any, number: int, value: int) -> int:
+            live.set_register(number, value)
+            return 0
+
+        def memory(_: Any, physical: int, write: int, address: int, data: Any, length: int) -> int:
+            if write:
+                live.write(bool(physical), address, bytes(ffi.buffer(data, length)))
+            else:
+                ffi.memmove(data, live.read(bool(physical), address, length), length)
+            return 0
+
+        def short_circuit(_: Any, on: int) -> int:
+            live.short_circuit(bool(on))
+            return 0
+
+        def event(_: Any, call: int, number: int) -> int:
+            first = constant("FIRST_TAG")
+            live.change_event(_EVENT_CALLS[call], number - first if number >= first else number)
+            return 0
+
+        def pause(_: Any) -> int:
+            live.pause()
+            return 0
+
+        host = self.keep(abi.new("struct vmexit_script_host *"))
+        functions: dict[str, tuple[Callable[..., int], str]] = {
+            "get_register": (get_register, "REGISTER"),
+            "set_register": (set_register, "REGISTER"),
+            "memory": (memory, "READ"),
+            "short_circuit": (short_circuit, "MACHINE"),
+            "event": (event, "EVENT"),
+            "pause": (pause, "MACHINE"),
+        }
+        for name, (function, fault) in functions.items():
+            kind = ffi.typeof(getattr(host, name))
+            setattr(host, name, self.keep(ffi.callback(kind, self.guarded(function, constant(f"FAULT_{fault}")))))
+        return host
+
+    def guarded(self, function: Callable[..., int], fault: int) -> Callable[..., int]:
+        """What the machine cannot do is the script's fault; any other exception ends the run and is raised when it is over."""
+
+        def call(*arguments: Any) -> int:
+            try:
+                return function(*arguments)
+            except VmexitError:
+                return fault
+            except BaseException as error:
+                self.failed = self.failed or error
+                return fault
+
+        return call
 
     def drain(self) -> int:
         """Make text of what was printed, and hand it on. 1 where that failed: the run is to end."""

@@ -38,7 +38,7 @@ def test_every_core_and_disabled() -> None:
         ({"stage": Stage.POST}, Capability.POST, "stage post"),
         ({"short_circuit": True}, Capability.SKIP, "short-circuiting"),
         ({}, Capability.BREAK, "breaking"),
-        ({"action": Action.ASK, "callback": print}, Capability.READ, "callbacks"),
+        ({"action": Action.ASK, "callback": print}, Capability.READ, "a callback"),
     ],
 )
 def test_what_the_machine_cannot_do_is_refused(options: dict[str, object], missing: Capability, says: str) -> None:

@@ -195,7 +195,16 @@ def test_unknown_type(host: FakeHost, raw: socket.socket, kind: int) -> None:
 WRONG_FIELDS = [
     *[("id", 0), ("id", 1), ("slot", wire.MAX_EVENTS), ("slot", 0xFFFFFFFF)],
     *[("access", 0), ("access", 4), ("access", 255), ("stages", 0), ("stages", 4), ("stages", 255)],
-    *[("actions", 0), ("actions", 8), ("actions", 255), ("flags", 8), ("flags", 255), ("reserved", 1), ("reserved", 0xFFFFFFFF)],
+    *[
+        ("actions", 0),
+        ("actions", 8),
+        ("actions", 16),
+        ("actions", 255),
+        ("flags", 8),
+        ("flags", 255),
+        ("script", 1),
+        ("script", 0xFFFFFFFF),
+    ],
     *[("range_count", 0), ("range_count", wire.MAX_RANGES + 1), ("range_count", 0xFFFFFFFF)],
     *[("ranges", [(2, 1)]), ("ranges", [(0xFFFFFFFF, 0)])],
 ]

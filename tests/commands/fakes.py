@@ -66,6 +66,8 @@ class FakeRings:
         self.records: list[Records] = []
         self.hits_of: dict[int, int] = {}
         self.dropped = 0
+        self.changes = 0
+        self.globals = np.zeros(wire.MAX_GLOBALS, np.uint64)
         self.wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def drain(self, *, final: bool = False) -> Records:
@@ -99,6 +101,8 @@ class FakeLink:
         self.plugin_api = 1
         self.door = "tcg"
         self.events: list[bytes] = []
+        self.scripts: list[int] = []
+        self.limits = (0, 0)
         self.drop = False
         self.decided: list[tuple[int, bool]] = []
         self.values = [dict.fromkeys(range(wire.REGISTERS), 0) for _ in range(target.vcpus)]
@@ -113,8 +117,16 @@ class FakeLink:
     def handle_notices(self) -> None:
         pass
 
-    def set_events(self, events: list[bytes]) -> None:
+    def set_events(self, events: list[bytes], changes: int) -> None:
+        assert changes == self.rings.changes
         self.events = events
+
+    def add_script(self, number: int, file: int, entry: int, code_size: int, constants_size: int) -> None:
+        assert os.fstat(file).st_size >= code_size + constants_size and 0 <= entry < code_size
+        self.scripts.append(number)
+
+    def set_script_limits(self, steps: int, stack: int) -> None:
+        self.limits = (steps, stack)
 
     def set_overflow(self, drop: bool) -> None:
         self.drop = drop

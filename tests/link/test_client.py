@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import array
 import contextlib
-import mmap
 import os
 import select
 import socket
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.link.layout import header
 from vmexit.errors import LinkError
 from vmexit.link import client, wire
 from vmexit.link.client import Link, RequestError
@@ -68,14 +68,11 @@ class Played:
     def greet(self, serial: int, **hello: object) -> None:
         """Answers a greeting as the agent does."""
         vcpus = 2
-        rings_end = wire.size("shared") + vcpus * wire.size("ring")
-        offset = -(-rings_end // mmap.PAGESIZE) * mmap.PAGESIZE
-        size = offset + vcpus * 16 * wire.size("record")
-        header = {"vcpus": vcpus, "ring_records": 16, "records_offset": offset, "size": size}
+        shared = header(vcpus, 16)
         memory = os.memfd_create("played")
         wake = os.eventfd(0)
-        os.truncate(memory, size)
-        os.pwrite(memory, wire.pack("shared", magic=wire.MAGIC, version=wire.VERSION, **header), 0)
+        os.truncate(memory, shared["size"])
+        os.pwrite(memory, wire.pack("shared", **shared), 0)
         fields = {"version": wire.VERSION, "capabilities": 255, "vcpus": vcpus, "plugin_api": 3, "door": b"tcg", **hello}
         try:
             self.send(wire.pack("hello", **fields), [memory, wake], serial=serial)

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.link.layout import header
 from vmexit.errors import LinkError
 from vmexit.link import wire
 from vmexit.link.rings import Records, Rings
@@ -28,25 +29,16 @@ class Agent:
 
     def __init__(self, vcpus: int = 2, *, first: int = 0, capacity: int = CAPACITY) -> None:
         self.capacity = capacity
-        rings_end = wire.size("shared") + vcpus * wire.size("ring")
-        self.records_offset = -(-rings_end // mmap.PAGESIZE) * mmap.PAGESIZE
-        size = self.records_offset + vcpus * capacity * wire.size("record")
-        self.memory = mmap.mmap(-1, size)
-        self.header = {
-            "magic": wire.MAGIC,
-            "version": wire.VERSION,
-            "vcpus": vcpus,
-            "ring_records": capacity,
-            "records_offset": self.records_offset,
-            "size": size,
-        }
+        self.header = header(vcpus, capacity)
+        self.records_offset = self.header["records_offset"]
+        self.memory = mmap.mmap(-1, self.header["size"])
         self.heads = [0] * vcpus
         self.sequence = first
         self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
-    def open(self, **header: int) -> Rings:
+    def open(self, **changed: int) -> Rings:
         """What the debugger makes of it."""
-        self.memory[: wire.size("shared")] = wire.pack("shared", **{**self.header, **header})
+        self.memory[: wire.size("shared")] = wire.pack("shared", **{**self.header, **changed})
         return Rings(self.memory, self.wake_fd, self.sequence)
 
     def word(self, vcpu: int, field: str) -> int:

@@ -46,7 +46,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
 
 
 def test_everything_is_read() -> None:
-    assert set(STRUCTS) == {"range", "event", "record", "question", "ring", "shared", "message", "hello"}
+    assert set(STRUCTS) == {"range", "event", "record", "text", "question", "ring", "shared", "message", "script_file", "hello"}
     assert {"WIRE_MAGIC", "MAX_EVENTS", "CAN_MEMORY_WRITE", "WRONG_VERSION", "READ_PHYSICAL"} <= set(CONSTANTS)
 
 

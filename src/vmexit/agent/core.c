@@ -32,7 +32,7 @@ struct core core = {.shared_fd = -1, .debugger_eventfd = -1, .change_lock = PTHR
 
 uint8_t core_interest[1 << 16];
 
-static struct table no_events;
+static struct table no_events = {.quick_half = -1};
 
 /* ---- set-up ---- */
 

@@ -103,9 +103,9 @@ static inline bool quick_pre(unsigned index, unsigned access, unsigned length, u
     __atomic_store_n(&vcpu->reading, table, __ATOMIC_RELAXED);
     __atomic_signal_fence(__ATOMIC_SEQ_CST);
     struct vmexit_ring *ring = vcpu->ring;
-    const uint64_t used = vcpu->head - __atomic_load_n(&ring->tail, __ATOMIC_ACQUIRE);
     bool is_quick = table == __atomic_load_n(&core.table, __ATOMIC_ACQUIRE) &&
-                    (int64_t)(vcpu->head & core.half_mask) <= table->quick_half && used <= table->quick_used;
+                    (int64_t)(vcpu->head & core.half_mask) <= table->quick_half &&
+                    vcpu->head - __atomic_load_n(&ring->tail, __ATOMIC_ACQUIRE) <= table->quick_used;
     if (__builtin_expect(is_quick, 1)) {
         const uint32_t msr = (uint32_t)registers[VMEXIT_RCX];
         const uint64_t now = clock_now_by_tsc();

@@ -90,7 +90,7 @@ class Rings:
         words.release()
         self._records.clear()
         self.globals = self.globals.copy()
-        self._text = self._text[:0]
+        self._text = np.zeros((0, 1), np.uint64)
         # An exception that came out of here (Ctrl-C) may still hold views; with the last of them the memory goes.
         with contextlib.suppress(BufferError):
             self._memory.close()

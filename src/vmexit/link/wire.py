@@ -141,7 +141,7 @@ def dtype(struct: str) -> np.dtype[np.void]:
     """The numpy type of ``struct vmexit_<struct>``; of its integer fields (arrays are padding there)."""
     names, formats, offsets = [], [], []
     for name, field in ffi.typeof(f"struct vmexit_{struct}").fields:
-        if field.type.kind == "primitive":
+        if field.type.kind == "primitive" and name != "reserved":
             names.append(name)
             formats.append(f"<u{ffi.sizeof(field.type)}")
             offsets.append(field.offset)

@@ -26,7 +26,7 @@ from vmexit.prints import Printed, printed
 from vmexit.program import Program, check
 from vmexit.recording import Recording, Summary
 from vmexit.script.compile import CompiledScript, Compiler
-from vmexit.script.runtime import DEFAULT_STACK, DEFAULT_STEPS, check_limits
+from vmexit.script.runtime import DEFAULT_STACK, DEFAULT_STEPS, Runtime, check_limits
 from vmexit.targets.base import Notice, NoticeKind, Target
 from vmexit.trap import LiveTrap, Registers, Trap, traps_of
 
@@ -127,6 +127,7 @@ class Debugger:
         self.started_ns: int | None = None
         """When the machine first ran, by the clock of Trap.time_ns; None: it has not."""
         self.overflow = Overflow.WAIT
+        self._evaluating: Runtime | None = None
         self._rings = target.link.rings
         self._program = Program(target.link, self.events)
         self._breaks: deque[Trap] = deque()
@@ -295,6 +296,28 @@ class Debugger:
             if self.state != State.ENDED:
                 self.target.link.set_script_limits(steps, stack)
             self.script_steps, self.script_stack = steps, stack
+
+    def evaluate(self, script: str | CompiledScript) -> bytes:
+        """Runs a script in the debugger, beside the machine, and gives what it prints.
+
+        It shares its global variables with the scripts of events. Its registers and memory are those of the current core of a
+        halted machine. Raises ScriptError for one that does not compile, ScriptRunError for a run that is ended.
+        """
+        printed = bytearray()
+        self.run_script(self.compiler.compile(script) if isinstance(script, str) else script, printed.extend)
+        return bytes(printed)
+
+    def run_script(self, script: CompiledScript, write: Callable[[bytes], None]) -> None:
+        """The same, with what it prints handed to ``write`` some of it at a time; also where the run is ended."""
+        from vmexit.evaluation import evaluate
+
+        evaluate(self, self._runtime, script, write)
+
+    @property
+    def _runtime(self) -> Runtime:
+        if self._evaluating is None:
+            self._evaluating = Runtime()
+        return self._evaluating
 
     def sync_events(self) -> None:
         """Takes over what scripts have made of the events (event_enable, event_disable, event_clear); ``pump`` does so, too."""

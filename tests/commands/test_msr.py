@@ -245,8 +245,6 @@ def test_what_is_wrong_is_marked(typist: Typist, line: str, shown: str) -> None:
         ("pid 4", "pid 4"),
         ("log pid 0n4 core 1", "pid 0n4"),
         ("buffer 1000", "buffer 1000"),
-        ('script { printf("}"); }', 'script { printf("}"); }'),
-        ("script core 1 { x }", "script"),
         ("condition {90 90}", "condition {90 90}"),
         ("code {\\x90\\x90}", "code {\\x90\\x90}"),
         ("code {0x9090C3}", "code {0x9090C3}"),

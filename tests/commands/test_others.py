@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.commands.fakes import Typist
@@ -53,13 +55,20 @@ def test_core(typist: Typist) -> None:
 
 
 def test_settings(typist: Typist) -> None:
-    assert [line.split()[:2] for line in typist.types("settings").split("\n")] == [["overflow", "wait"], ["syntax", "intel"]]
-    assert typist.types("settings SYNTAX").startswith("syntax    intel  (intel|att|masm) ")
-    assert typist.types("settings syntax Att").startswith("syntax    att ")
+    assert [line.split()[:2] for line in typist.types("settings").split("\n")] == [
+        ["overflow", "wait"],
+        ["script-stack", "40000"],
+        ["script-steps", "f4240"],
+        ["syntax", "intel"],
+    ]
+    assert typist.types("settings SYNTAX").startswith("syntax       intel  (intel|att|masm) ")
+    assert typist.types("settings syntax Att").startswith("syntax       att ")
     assert typist.session.settings.syntax is Syntax.ATT
-    assert typist.types("settings overflow drop").startswith("overflow  drop ")
+    assert typist.types("settings overflow drop").startswith("overflow     drop ")
     assert typist.debugger.overflow is Overflow.DROP
     assert typist.link.drop
+    assert typist.types("settings script-steps 0n5000").split()[1] == "1388"
+    assert typist.debugger.script_steps == 5000
     typist.types("settings overflow wait")
     assert not typist.link.drop
 
@@ -108,12 +117,17 @@ def test_help_explains_every_command(typist: Typist, name: str) -> None:
 @pytest.mark.parametrize(
     "example", [example for info in registry.infos() for example, _ in info.examples], ids=lambda example: str(example)
 )
-def test_the_examples_in_the_help_texts_work(typist: Typist, example: str) -> None:
+def test_the_examples_in_the_help_texts_work(
+    typist: Typist, example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     typist.types("!msrwrite 1")
     typist.target.is_at_trap = True
     typist.map(0, b"\x90" * 0x1000)
     typist.map(0x100000, b"\x90" * 0x1000, physical=True)
     typist.map(0xFF000, b"\x90" * 0x1000, physical=True)
+    typist.types("? .writes = 1;")
+    monkeypatch.chdir(tmp_path)
+    Path("boot.vmx").write_text("!msrwrite $arg1\n")
     typist.types(example)
 
 
@@ -141,9 +155,10 @@ def test_leaving_and_clearing(typist: Typist, line: str, done: str) -> None:
         ("~ x", "'x' is no core number", 2, 1),
         ("core 1 2", "'core' takes 1 argument at most", 7, 1),
         ("settings sintax", "'sintax' is no setting: did you mean 'syntax'?", 9, 6),
-        ("settings what", "'what' is no setting (it is overflow or syntax)", 9, 4),
+        ("settings what", "'what' is no setting (it is overflow, script-stack, script-steps or syntax)", 9, 4),
         ("settings syntax at&t", "'at&t' is no value of 'syntax': did you mean 'att'?", 16, 4),
         ("settings overflow on", "'on' is no value of 'overflow' (it is wait or drop)", 18, 2),
+        ("settings script-steps many", "'many' is no value of 'script-steps' (a number is hexadecimal", 22, 4),
         ("settings syntax att now", "'settings' takes 2 arguments at most", 20, 3),
         ("help msrwrite", "there is no command 'msrwrite': did you mean '!msrwrite'?", 5, 8),
         ("help a b", "'help' takes 1 argument at most", 7, 1),

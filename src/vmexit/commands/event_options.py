@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from vmexit.commands.command import Arguments, did_you_mean, one_of
 from vmexit.commands.session import Session
@@ -12,6 +13,7 @@ from vmexit.console.tokens import Token, TokenKind
 from vmexit.errors import CommandError
 from vmexit.events.event import Event, EventError
 from vmexit.link.wire import Action, Stage
+from vmexit.script.compile import CompiledScript, read_source
 
 _STAGES = {"pre": Stage.PRE, "post": Stage.POST, "all": Stage.ALL}
 _CHOICES = {"imm": ("yes", "no"), "sc": ("on", "off"), "stage": tuple(_STAGES)}
@@ -21,16 +23,18 @@ _MOST_OUTPUTS = 5
 
 _CODE = re.compile(r"(?:0x|\\x|x)?((?:[0-9a-f]|\\x|\s)*)", re.IGNORECASE)
 
-OFFERED = ("core", "imm", "log", "pid", "sc", "stage")
+_FILE = "file:"
+
+OFFERED = ("core", "imm", "log", "pid", "sc", "script", "stage")
 """Those that can be used yet."""
 ALL = (*_CHOICES, *_NUMBERS, *_BLOCKS, "asm", "log")
 
-USAGE = "[core CORE] [imm yes|no] [sc on|off] [stage pre|post|all] [pid all] [log]"
+USAGE = "[core CORE] [imm yes|no] [sc on|off] [stage pre|post|all] [pid all] [log] [script { SCRIPT }]"
 PARAMETERS = (
     ("core CORE", "Only this vCPU, counted from 0; else all of them."),
     (
         "imm yes|no",
-        "'no' lets printed traps be gathered and shown a moment later, which costs the guest less. A break stays as it is.",
+        "'no' lets what is printed be gathered and shown a moment later, which costs the guest less. A break stays as it is.",
     ),
     (
         "sc on|off",
@@ -43,9 +47,14 @@ PARAMETERS = (
         "has no stage post.",
     ),
     ("pid all", "Every process; to name one is not yet available."),
-    ("log", "Prints each trap and goes on. Without it the machine is halted at each."),
     (
-        "buffer N, script { }, condition { }, code { }, output { }",
+        "script { SCRIPT }",
+        "Runs a script at each trap, on the vCPU itself: the page on the script language tells what it can do. "
+        "'script {file:PATH}' takes it from a file. The machine is halted only where the script says pause().",
+    ),
+    ("log", "Prints each trap and goes on. Without it, and without a script, the machine is halted at each."),
+    (
+        "buffer N, condition { }, code { }, output { }",
         "HyperDbg's; their values are checked, but they are not yet available.",
     ),
 )
@@ -59,13 +68,21 @@ class EventOptions:
     immediate: bool = True
     short_circuit: bool = False
     stage: Stage = Stage.PRE
-    action: Action = Action.BREAK
+    log: bool = False
+    script: Token | None = None
+    """The braces with its text, or with ``file:`` and a path."""
     rest: list[Token] = field(default_factory=list)
     """The tokens that are no option."""
     places: dict[str, tuple[Token, Token]] = field(default_factory=dict)
     """The first and last token of each option."""
     unavailable: CommandError | None = None
     """The first option that is well-formed but cannot be used yet."""
+
+    @property
+    def action(self) -> Action:
+        """What the event does: without anything else to do, it breaks."""
+        action = (Action.RECORD if self.log else Action(0)) | (Action.SCRIPT if self.script else Action(0))
+        return action or Action.BREAK
 
 
 def parse(arguments: Arguments) -> EventOptions:
@@ -100,7 +117,7 @@ class _Parser:
                 self._asm(token)
             elif word == "log":
                 self._found.places["log"] = (token, token)
-                self._found.action = Action.RECORD
+                self._found.log = True
             else:
                 self._found.rest.append(token)
         return self._found
@@ -140,9 +157,13 @@ class _Parser:
         block = self._left.pop(place)
         if not block.text.strip():
             raise self._arguments.error(f"the braces of '{option}' are empty", block)
+        if option == "script":
+            self._found.script = block
+            self._found.places[option] = (keyword, block)
+            return
         if option == "output":
             self._check_output(block)
-        elif option != "script" and "asm" not in self._found.places:
+        elif "asm" not in self._found.places:
             self._check_code(block)
         self._refuse(f"'{option}' is not yet available", keyword, block if place == 0 else keyword)
 
@@ -176,6 +197,21 @@ class _Parser:
 def unknown(arguments: Arguments, token: Token, what: str) -> CommandError:
     """The error for a word that is neither an option nor ``what`` the command takes besides."""
     return arguments.error(f"'{token.text}' is neither {what} nor an option", token, hint=did_you_mean(token.lower, ALL))
+
+
+def compiled_script(session: Session, arguments: Arguments, options: EventOptions) -> CompiledScript | None:
+    """The event's script, if it has one. Raises ScriptError for a wrong one, CommandError for a file that cannot be read."""
+    block = options.script
+    if block is None:
+        return None
+    if not block.text.startswith(_FILE):
+        return session.debugger.compiler.compile(block.text)
+    path = block.text.removeprefix(_FILE).strip()
+    try:
+        source = read_source(Path(path))
+    except OSError as error:
+        raise arguments.error(f"the script file '{path}' cannot be read: {error.strerror}", block) from None
+    return session.debugger.compiler.compile(source.text, source.name)
 
 
 def make(session: Session, arguments: Arguments, options: EventOptions, event: Event) -> Event:

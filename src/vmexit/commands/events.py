@@ -38,6 +38,7 @@ What is changed while the machine is halted holds from the next instruction on."
     )
 
     def run(self, session: Session, arguments: Arguments) -> None:
+        session.debugger.sync_events()
         if not arguments.tokens:
             session.emit(_table(session))
             return
@@ -100,5 +101,6 @@ def _table(session: Session) -> str:
     for event, count in zip(events, hits, strict=True):
         state = "(enabled) " if event.enabled else "(disabled)"
         unit = "hit " if count == "1" else "hits"
-        lines.append(f"{event.number:<4x} {state}  {count:>{width}} {unit}  {' '.join(event.text.split())}")
+        faults = f"  [{event.faults:,} run{'s' * (event.faults != 1)} ended by an error]" if event.faults else ""
+        lines.append(f"{event.number:<4x} {state}  {count:>{width}} {unit}  {' '.join(event.text.split())}{faults}")
     return "\n".join(lines)

@@ -18,6 +18,7 @@ class Exit(Command):
 
     def run(self, session: Session, arguments: Arguments) -> None:
         arguments.at_most(0)
+        session.is_over = True
         session.driver.leave()
 
 

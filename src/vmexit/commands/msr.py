@@ -12,6 +12,13 @@ from vmexit.events.event import Event
 from vmexit.events.msrs import LAST_MSR, UNNAMED_READS, UNNAMED_WRITES, MsrSet
 from vmexit.link.wire import Access, Action
 
+_VERBS = {
+    Action.BREAK: "breaks at",
+    Action.RECORD: "prints",
+    Action.SCRIPT: "runs a script at",
+    Action.SCRIPT | Action.RECORD: "prints and runs a script at",
+}
+
 
 class _MsrCommand(Command):
     """What both have in common."""
@@ -24,12 +31,14 @@ class _MsrCommand(Command):
         msrs = self._msrs(arguments, options)
         if options.unavailable is not None:
             raise options.unavailable
+        script = event_options.compiled_script(session, arguments, options)
         event = Event(
             access=self._ACCESS,
             msrs=msrs,
             stage=options.stage,
             core=options.core,
             action=options.action,
+            script=script,
             short_circuit=options.short_circuit,
             immediate=options.immediate,
             text=arguments.line.strip(),
@@ -52,7 +61,7 @@ class _MsrCommand(Command):
     def _success(self, event: Event, options: event_options.EventOptions) -> str:
         instruction = (self._ACCESS.name or "").lower()
         left_out = event.msrs.left_out
-        verb = "prints" if event.action == Action.RECORD else "breaks at"
+        verb = _VERBS[event.action]
         text = f"event {event.number:x} {verb} each {instruction} of {'every MSR' if left_out else str(event.msrs)}"
         text += f" ({event_options.description(options)})"
         if left_out:
@@ -91,6 +100,7 @@ skips it. In stage post the write has been done.""",
         examples=(
             ("!msrwrite c0000082", "halts the machine before each write to IA32_LSTAR"),
             ("!msrwrite log imm no", "prints the writes to all MSRs"),
+            ("!msrwrite c0000082 script { print($value); }", "prints what is written to IA32_LSTAR"),
             ("!msrwrite 1a0 core 1 sc on log", "ignores what core 1 writes to IA32_MISC_ENABLE, and prints it"),
         ),
     )

@@ -17,6 +17,7 @@ def _commands() -> tuple[Command, ...]:
     # Here because ``help`` is a command that looks at all of them.
     from vmexit.commands.core import Core
     from vmexit.commands.disassemble import Disassemble
+    from vmexit.commands.evaluate import Evaluate, Print
     from vmexit.commands.events import Events
     from vmexit.commands.help import Help
     from vmexit.commands.leaving import Clear, Exit
@@ -24,6 +25,7 @@ def _commands() -> tuple[Command, ...]:
     from vmexit.commands.msr import MsrRead, MsrWrite
     from vmexit.commands.registers import Register
     from vmexit.commands.running import Go, Pause, Sleep
+    from vmexit.commands.script_file import ScriptFile
     from vmexit.commands.settings import ChangeSettings
     from vmexit.commands.status import Status
 
@@ -33,12 +35,15 @@ def _commands() -> tuple[Command, ...]:
         Events(),
         Go(),
         Pause(),
+        Evaluate(),
+        Print(),
         Register(),
         Disassemble(),
         ShowMemory(),
         Core(),
         Status(),
         ChangeSettings(),
+        ScriptFile(),
         Sleep(),
         Clear(),
         Help(),
@@ -83,6 +88,10 @@ def execute(session: Session, line: str) -> None:
     tokens = tokenize(line)
     if not tokens:
         return
+    if len(tokens[0].text) > 1 and line.startswith("?", tokens[0].start):
+        # It needs no space behind it.
+        start = tokens[0].start
+        tokens = [Token(TokenKind.WORD, "?", start, start + 1), Token(TokenKind.WORD, line[start + 1 :], start + 1, len(line))]
     arguments = Arguments(line, tokens)
     if tokens[0].kind is TokenKind.BLOCK:
         raise arguments.error("a command does not begin with a brace", tokens[0])

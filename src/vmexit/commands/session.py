@@ -47,6 +47,10 @@ class Session:
     """Shows a text of one or more lines; no newline at its end."""
     driver: Driver
     settings: Settings = field(default_factory=Settings)
+    script_files: int = 0
+    """How many files of commands are being carried out, one called by the other."""
+    is_over: bool = False
+    """The session ends once the command is done."""
     next_data: dict[bool, int] = field(default_factory=dict)
     """Where ``db`` and its kin go on: by whether that is a physical address."""
     next_code: dict[bool, tuple[object, int]] = field(default_factory=dict)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from vmexit.commands.command import Arguments, Command, Info
 from vmexit.commands.session import Session
+from vmexit.console.tokens import U64_MAX
 from vmexit.debugger import Overflow
 from vmexit.guest.disassembly import Syntax
 
@@ -15,6 +16,7 @@ from vmexit.guest.disassembly import Syntax
 class _Setting:
     meaning: str
     values: tuple[str, ...]
+    """Those to choose from; empty: it takes a number."""
     get: Callable[[Session], str]
     put: Callable[[Session, str], None]
 
@@ -27,12 +29,32 @@ def _put_syntax(session: Session, value: str) -> None:
     session.settings.syntax = Syntax(value)
 
 
+def _put_steps(session: Session, value: str) -> None:
+    session.debugger.set_script_limits(steps=int(value))
+
+
+def _put_stack(session: Session, value: str) -> None:
+    session.debugger.set_script_limits(stack=int(value))
+
+
 _SETTINGS: Mapping[str, _Setting] = {
     "overflow": _Setting(
         "what a vCPU does when traps come faster than they can be shown: wait, or drop them (they are counted)",
         tuple(value.value for value in Overflow),
         lambda session: session.debugger.overflow.value,
         _put_overflow,
+    ),
+    "script-stack": _Setting(
+        "bytes of stack that the functions of a script may take",
+        (),
+        lambda session: f"{session.debugger.script_stack:x}",
+        _put_stack,
+    ),
+    "script-steps": _Setting(
+        "turns of loops, calls, and 64 bytes copied, that one run of a script may take",
+        (),
+        lambda session: f"{session.debugger.script_steps:x}",
+        _put_steps,
     ),
     "syntax": _Setting(
         "how instructions are written",
@@ -41,6 +63,10 @@ _SETTINGS: Mapping[str, _Setting] = {
         _put_syntax,
     ),
 }
+
+
+def _choice(setting: _Setting) -> str:
+    return "|".join(setting.values) or "NUMBER"
 
 
 class ChangeSettings(Command):
@@ -52,7 +78,7 @@ class ChangeSettings(Command):
         summary="show or change preferences",
         text="Shows all settings or one of them, or changes one for the rest of the session.",
         parameters=tuple(
-            (f"{name} {'|'.join(setting.values)}", f"{setting.meaning}.".capitalize()) for name, setting in _SETTINGS.items()
+            (f"{name} {_choice(setting)}", f"{setting.meaning}.".capitalize()) for name, setting in _SETTINGS.items()
         ),
         examples=(("settings syntax att", "AT&T's way of writing instructions"),),
     )
@@ -65,7 +91,7 @@ class ChangeSettings(Command):
         name = arguments.choice(arguments.tokens[0], tuple(_SETTINGS), "setting")
         setting = _SETTINGS[name]
         if len(arguments.tokens) == 2:
-            setting.put(session, arguments.choice(arguments.tokens[1], setting.values, f"value of '{name}'"))
+            setting.put(session, _value(arguments, name, setting))
         session.emit(_line(session, name))
 
     def complete(self, session: Session, before: Sequence[str]) -> Iterable[str]:
@@ -74,6 +100,13 @@ class ChangeSettings(Command):
         return _SETTINGS[before[0]].values if len(before) == 1 and before[0] in _SETTINGS else ()
 
 
+def _value(arguments: Arguments, name: str, setting: _Setting) -> str:
+    token = arguments.tokens[1]
+    if setting.values:
+        return arguments.choice(token, setting.values, f"value of '{name}'")
+    return str(arguments.number(token, f"value of '{name}'", U64_MAX))
+
+
 def _line(session: Session, name: str) -> str:
     setting = _SETTINGS[name]
-    return f"{name:<9} {setting.get(session):<6} ({'|'.join(setting.values)}) {setting.meaning}"
+    return f"{name:<12} {setting.get(session):<6} ({_choice(setting)}) {setting.meaning}"

@@ -14,6 +14,8 @@ from vmexit.console.screen import Screen
 from vmexit.debugger import State, Stop, StopReason
 from vmexit.link.rings import Records, joined
 from vmexit.link.wire import RECORD
+from vmexit.prints import Printed
+from vmexit.script.errors import ScriptRunError
 from vmexit.targets.base import Notice
 
 _AT_ONCE = 16384
@@ -26,6 +28,8 @@ _GUEST_AT_ONCE = 2048
 _LAST = 100
 """Records of a backlog that are still shown when somebody has pressed Ctrl-C."""
 _LOSS_S = 1.0
+_LINE_S = 0.3
+"""How long what a script has printed waits for the end of its line."""
 _FOR_EVER = 1 << 63
 
 
@@ -42,7 +46,13 @@ class Feed:
         self._screen = screen
         self._output = output
         self._columns: Columns | None = None
-        self._items: deque[Records | Stop | Notice] = deque()
+        self._items: deque[Records | Printed | Stop | Notice] = deque()
+        self._line = b""
+        """What scripts have printed of a line that is not at its end."""
+        self._line_when = 0.0
+        self._held_lines: list[bytes] = []
+        self._lines_passed_over = 0
+        self._told_faults: set[tuple[int, str]] = set()
         self.is_busy = False
         """Whether something is being shown right now."""
         self._at_once = 256
@@ -53,6 +63,7 @@ class Feed:
         self._lost_told = 0
         self._lost_when = 0.0
         self._debugger.record_listeners.append(self._items.append)
+        self._debugger.print_listeners.append(self._items.append)
         self._debugger.on_stop = self._items.append
         self._debugger.on_notice = self._items.append
 
@@ -70,6 +81,7 @@ class Feed:
     def finish(self) -> None:
         """Shows what is still there, when the session is over. Raises OutputGoneError."""
         self.flush()
+        self._end_line()
         self._catch_up()
         self._tell_losses(True)
 
@@ -86,6 +98,11 @@ class Feed:
         stopped = False
         while self._items:
             item = self._items.popleft()
+            if isinstance(item, Printed):
+                self._show_output(min(until_ns, item.time_ns))
+                self._show_printed(item)
+                continue
+            self._end_line()
             if isinstance(item, Stop):
                 stopped = True
                 self._catch_up()
@@ -98,6 +115,8 @@ class Feed:
             else:
                 self._show_in_order(self._with_followers(item), until_ns)
         self._show_output(until_ns)
+        if self._line and time.monotonic() - self._line_when > _LINE_S:
+            self._end_line()
         if self._hurried and self._debugger.state is not State.RUNNING:
             self._catch_up()
         self._tell_losses(stopped)
@@ -132,6 +151,40 @@ class Feed:
             end = data.find(b"\n", _GUEST_AT_ONCE) + 1 if self._screen.is_terminal else 0
             part, data = (data[:end], data[end:]) if end else (data, b"")
             self._screen.guest(stream, part)
+
+    def _show_printed(self, printed: Printed) -> None:
+        """What a script has printed: whole lines; the rest once its line has an end, or something else is to be shown."""
+        if printed.fault is not None:
+            self._end_line()
+            self._show_fault(printed, printed.fault)
+            return
+        text = self._line + printed.text
+        end = text.rfind(b"\n") + 1
+        self._line, self._line_when = text[end:], time.monotonic()
+        self._show_lines(text[:end])
+
+    def _end_line(self) -> None:
+        line, self._line = self._line, b""
+        self._show_lines(line)
+
+    def _show_lines(self, text: bytes) -> None:
+        """Lines that scripts have printed, unless nobody wants to wait for them."""
+        while text:
+            if self._hurried:
+                lines = text.splitlines(keepends=True)
+                self._held_lines = (self._held_lines + lines)[-_LAST:]
+                self._lines_passed_over += len(lines)
+                return
+            end = text.find(b"\n", _GUEST_AT_ONCE) + 1 if self._screen.is_terminal else 0
+            part, text = (text[:end], text[end:]) if end else (text, b"")
+            self._screen.write(part.decode("utf-8", "replace"))
+
+    def _show_fault(self, printed: Printed, fault: ScriptRunError) -> None:
+        """The first of a kind with the line that is to blame, the others without."""
+        key = (printed.event, str(fault))
+        text = str(fault) if key in self._told_faults else fault.render()
+        self._told_faults.add(key)
+        self._screen.write(f"event {printed.event:x}, core {printed.core:x}: {text}")
 
     def _show_records(self, records: Records) -> None:
         if not len(records):
@@ -169,6 +222,13 @@ class Feed:
             self._screen.write(f"... {passed_over:,} traps were recorded that are not shown here; the last {len(held)} are:")
         if len(held) and self._columns is not None:
             self._screen.write(self._columns.lines(held))
+        lines, count = self._held_lines, self._lines_passed_over
+        self._held_lines, self._lines_passed_over = [], 0
+        if count > len(lines):
+            passed_over = f"{count - len(lines):,} lines that scripts printed are not shown here"
+            self._screen.write(f"... {passed_over}; the last {len(lines)} are:")
+        if lines:
+            self._screen.write(b"".join(lines).decode("utf-8", "replace"))
 
     def _show_stop(self, stop: Stop) -> None:
         if stop.reason is not StopReason.ENDED:  # which is told when vmexit ends too

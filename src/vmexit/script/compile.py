@@ -12,7 +12,7 @@ from vmexit.script.check import check
 from vmexit.script.errors import Place, ScriptError, ScriptRunError, Source
 from vmexit.script.globals import GlobalTable
 from vmexit.script.lexer import MAX_TEXT
-from vmexit.script.parser import parse
+from vmexit.script.parser import parse, parse_expression
 from vmexit.script.printf import Format
 from vmexit.script.typed import Global
 
@@ -107,17 +107,20 @@ class Compiler:
     def __init__(self, symbol: Callable[[str], int | None] = no_symbols) -> None:
         self.globals = GlobalTable()
         self._symbol = symbol
-        self._kept: OrderedDict[tuple[str, str], CompiledScript] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, str, str], CompiledScript] = OrderedDict()
 
-    def compile(self, text: str, name: str = "script") -> CompiledScript:
-        """The compiled script; ScriptError where it is wrong. `name` is what messages call it, a path for one from a file."""
-        key = (text, name)
+    def compile(self, text: str, name: str = "script", *, show: str = "") -> CompiledScript:
+        """The compiled script; ScriptError where it is wrong. `name` is what messages call it, a path for one from a file.
+
+        With `show` the text is one expression, and the script calls that built-in function with it: "print", "formats".
+        """
+        key = (text, name, show)
         kept = self._kept.get(key)
         if kept is not None and all(self.globals.get(variable.name) == variable for variable in kept.globals):
             self._kept.move_to_end(key)
             return kept
         included: list[str] = []
-        script = self._compile(Source(name, text), included)
+        script = self._compile(Source(name, text), included, show)
         if not included:
             # What is included may have changed by the next time.
             self._kept[key] = script
@@ -125,7 +128,7 @@ class Compiler:
                 self._kept.popitem(last=False)
         return script
 
-    def _compile(self, source: Source, included: list[str]) -> CompiledScript:
+    def _compile(self, source: Source, included: list[str], show: str) -> CompiledScript:
         # LLVM takes a tenth of a second to load, which a debugger without scripts does not need.
         from vmexit.script.lower import ENTRY, lower
         from vmexit.script.native import NativeError, compile_module, triple_and_layout
@@ -134,7 +137,8 @@ class Compiler:
             included.append(path)
             return read_include(path, asking)
 
-        program = check(parse(source, read, self._symbol), self.globals)
+        parsed = parse_expression(source, self._symbol, show) if show else parse(source, read, self._symbol)
+        program = check(parsed, self.globals)
         everything = Place(source, 0, 0)
         try:
             text, places = lower(program, *triple_and_layout())

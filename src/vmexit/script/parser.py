@@ -25,6 +25,15 @@ def parse(source: Source, read: Callable[[str, Source], Source], symbol: Callabl
     return _Parser(source, read, symbol).script()
 
 
+def parse_expression(source: Source, symbol: Callable[[str], int | None], function: str) -> tree.Script:
+    """The syntax tree of a script that is a call of a built-in function with one expression, which is all that is written."""
+
+    def read(path: str, asking: Source) -> Source:
+        raise OSError("an expression includes nothing")
+
+    return _Parser(source, read, symbol).expression_script(function)
+
+
 class _Parser(Expressions):
     def __init__(self, source: Source, read: Callable[[str, Source], Source], symbol: Callable[[str], int | None]) -> None:
         super().__init__(source, symbol)
@@ -44,6 +53,14 @@ class _Parser(Expressions):
         while self.token.kind is not Kind.END:
             self.top_level(body.statements)
         return tree.Script(place, self.functions, body)
+
+    def expression_script(self, function: str) -> tree.Script:
+        place = self.token.place
+        value = self.expression()
+        if self.token.kind is not Kind.END:
+            raise self.expected("the end of the expression")
+        call = tree.Call(value.place, function, [value], value.place)
+        return tree.Script(place, [], tree.Block(place, [tree.Evaluate(value.place, call)]))
 
     def top_level(self, statements: list[tree.Statement]) -> None:
         if self.token.kind is Kind.INCLUDE:

@@ -160,7 +160,11 @@ class Runtime:
 
         What `write` raises ends the run too, and is raised from here.
         """
-        _Run(self, script, machine, write).run(repeat)
+        run = _Run(self, script, machine, write)
+        try:
+            run.run(repeat)
+        finally:
+            run.kept.clear()
 
     def code(self, script: CompiledScript) -> NativeCode:
         """The script, ready to run in this process."""

@@ -14,7 +14,7 @@ from vmexit.console.screen import Screen
 from vmexit.debugger import State, Stop, StopReason
 from vmexit.link.rings import Records, joined
 from vmexit.link.wire import RECORD
-from vmexit.targets.base import Notice
+from vmexit.targets.base import Notice, NoticeKind
 
 _AT_ONCE = 16384
 """Records that are written at once into a file."""
@@ -83,13 +83,15 @@ class Feed:
         self._screen.check()
 
     def _flush(self, until_ns: int) -> None:
+        if any(map(_comes_last, self._items)):
+            until_ns = _FOR_EVER
         stopped = False
         while self._items:
             item = self._items.popleft()
             if isinstance(item, Stop):
                 stopped = True
                 self._catch_up()
-                self._show_output(_FOR_EVER)
+                self._show_output(until_ns)
                 self._show_stop(item)
             elif isinstance(item, Notice):
                 self._catch_up()
@@ -184,3 +186,8 @@ class Feed:
             f"{lost:,} record{'s' * (lost != 1)} dropped so far: they came faster than they were taken "
             "('settings overflow wait' loses none)"
         )
+
+
+def _comes_last(item: Records | Stop | Notice) -> bool:
+    """Whether all that the guest printed and all traps of before it are known when it comes."""
+    return isinstance(item, Stop) or (isinstance(item, Notice) and item.kind is NoticeKind.SHUTDOWN)

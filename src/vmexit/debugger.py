@@ -654,6 +654,7 @@ class Debugger:
             self._on_ended()
         elif notice.kind == NoticeKind.SHUTDOWN:
             self._shut_down = True
+            self._drain()  # the traps of before it
             self._notify(notice)
         else:
             self._breaks.clear()

@@ -159,7 +159,7 @@ static struct qemu_plugin_tb *find_block(struct cpu *cpu)
     if (block_count == sizeof blocks / sizeof *blocks)
         die("too many blocks");
     struct qemu_plugin_tb *tb = &blocks[block_count++];
-    *tb = (struct qemu_plugin_tb){.vaddr = vaddr, .paddr = paddr, .privilege = privilege};
+    *tb = (struct qemu_plugin_tb){.vaddr = vaddr, .paddr = paddr, .privilege = privilege, .translator = cpu->index};
     decode_block(tb);
     guest.translated(cpu, tb);
     pthread_mutex_unlock(&blocks_lock);
@@ -318,6 +318,7 @@ static void run_block(struct cpu *cpu)
 {
     struct qemu_plugin_tb *tb = find_block(cpu);
     const uint64_t moved = cpu->env.eip - tb->vaddr;
+    const unsigned index = guest.tells_translator ? tb->translator : cpu->index;
     uint64_t next = cpu->env.eip;
     cpu->in_block = true;
     for (size_t i = 0; i < tb->insn_count; i++) {
@@ -325,7 +326,7 @@ static void run_block(struct cpu *cpu)
         cpu->insn_rip = insn->vaddr + moved;
         for (unsigned c = 0; c < insn->callback_count; c++) {
             cpu->cb_flags = insn->callbacks[c].flags;
-            call_from_translated_code(insn->callbacks[c].func, cpu->index, insn->callbacks[c].userdata, &cpu->env);
+            call_from_translated_code(insn->callbacks[c].func, index, insn->callbacks[c].userdata, &cpu->env);
             cpu->cb_flags = 0;
             if (cpu->restored)
                 die("a callback restored the state and returned to translated code");

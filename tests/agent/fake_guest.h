@@ -88,6 +88,7 @@ struct qemu_plugin_tb {
     uint64_t vaddr;  /* for which it was translated */
     uint64_t paddr;
     unsigned privilege;
+    unsigned translator; /* the vCPU that it was translated for */
     size_t insn_count;
     struct qemu_plugin_insn insns[16];
 };
@@ -97,6 +98,7 @@ struct guest {
     struct cpu cpus[MOST_VCPUS];
     unsigned vcpus;
     bool shares_translations; /* one block serves every virtual address of its page (CF_PCREL) */
+    bool tells_translator; /* callbacks are told that vCPU, not the one that executes the block */
     bool logs;
     uint64_t interrupt_handler, fault_handler; /* 0: a fault halts the vCPU */
     /* Called for a block that was not translated yet; given by the host, which calls the plugin. */

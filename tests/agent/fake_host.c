@@ -407,6 +407,7 @@ int main(int argc, char **argv)
     host.wake_main = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     load_plugin();
     guest.translated = plugin_translated;
+    guest.tells_translator = options.single && API >= 4; /* since QEMU 10.0 (accel/tcg/plugin-gen.c, gen_cpu_index) */
     guest.vcpus = (unsigned)options.info.system.max_vcpus;
     for (unsigned i = 0; i < guest.vcpus; i++) {
         struct cpu *cpu = &guest.cpus[i];

@@ -46,7 +46,7 @@ AT = 0x1000
 
 VARIANTS = [
     Variant(1),
-    Variant(2, single=True),
+    Variant(4, single=True),
     Variant(6),
     Variant(5, sanitizer="address"),
     Variant(1, general_registers=24, sanitizer="address"),

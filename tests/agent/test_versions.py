@@ -63,6 +63,38 @@ def test_everything_in_every_version(start_host: StartHost, api: int, single: bo
     ]
 
 
+@pytest.mark.parametrize("pcrel", [0, 1])
+@pytest.mark.parametrize("api", range(1, 7))
+def test_one_thread_and_one_translation_for_two_vcpus(start_host: StartHost, api: int, pcrel: int) -> None:
+    """Newer QEMUs then tell a callback the vCPU that the code was translated for: whichever executes it is to be found out."""
+    host = start_host(Variant(api, single=True), vcpus=2, log=1, pcrel=pcrel)
+    link = host.connect()
+    link.set_events([
+        event(1, (0x10, 0x1F), access=Access.WRMSR | Access.RDMSR, stages=Stage.ALL),
+        event(2, (0x11, 0x11), flags=EventFlag.SHORT_CIRCUIT, core=1),
+        event(3, (0x12, 0x12), actions=Action.ASK),
+    ])  # fmt: skip
+    host.load(AT, wrmsr(0x10, 1) + RDMSR + wrmsr(0x11, 2) + wrmsr(0x12, 3) + HLT)
+
+    def answer(link: Link, record: np.void) -> None:
+        vcpu = int(record["vcpu"])
+        registers = link.rings.question_registers(vcpu)
+        registers[RAX] += 1 + vcpu
+        link.rings.answer(vcpu, int(record["sequence"]), registers, bits([RAX]), False)
+
+    for vcpu, times in ((0, 1), (1, 1), (1, 2), (0, 2)):
+        host.start(AT, vcpu)
+        records = collect(link, 9, answer=answer)
+        host.expect(f"halted {vcpu} {AT + 3 * 17 + 3:x}", times)
+        assert set(column(records, "vcpu")) == {(vcpu,)}
+        second = (2, 1, 0x11, 2) if vcpu else (1, 2, 0x11, 2)  # the one skips it, the other has a post stage
+        assert column(records, "event", "stage", "msr", "value") == [
+            *[(1, stage, 0x10, 1) for stage in (1, 2, 1, 2)],
+            *[(1, 1, 0x11, 2), second],
+            *[(1, 1, 0x12, 3), (3, 1, 0x12, 3), (1, 2, 0x12, 4 + vcpu)],
+        ]
+
+
 @pytest.mark.parametrize("api", range(2, 7))
 def test_without_internals_it_can_record(start_host: StartHost, api: int) -> None:
     host = start_host(Variant(api, internals=False), log=1)

@@ -136,6 +136,25 @@ def test_notices(machine: Machine) -> None:
     assert machine.screen.lines == ["the machine was reset"]
 
 
+def test_a_shutdown_comes_after_all_that_was_before_it(machine: Machine) -> None:
+    """Where the guest prints, is trapped and shuts down while the debugger works, that is shown in this order."""
+    debugger = machine.typist.debugger
+    pump = debugger.pump
+
+    def pump_while_the_guest_ends(timeout: float = 0.0) -> None:
+        machine.output("stdout", b"hello\n")
+        machine.put(record(time_ns=time.monotonic_ns(), value=1))
+        machine.output("stdout", b"bye\n")
+        machine.typist.target.pending.append(Notice(NoticeKind.SHUTDOWN, "guest-shutdown"))
+        pump(timeout)
+
+    debugger.pump = pump_while_the_guest_ends  # type: ignore[method-assign]
+    machine.feed.work()
+    lines = machine.screen.lines
+    assert [*lines[:2], *lines[3:]] == ["hello", HEADING, "bye", "the guest has shut down (guest-shutdown)"]
+    assert values(lines) == [1]
+
+
 def test_that_the_machine_has_ended_is_left_to_the_end(machine: Machine) -> None:
     machine.output("stdout", b"bye")
     machine.typist.target.ended(0)

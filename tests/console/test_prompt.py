@@ -125,11 +125,11 @@ def test_ctrl_c_in_a_flood_at_a_slow_terminal(tmp_path: Path) -> None:
         end = len(at.text)
         at.types("\x03")
         before = time.monotonic()
-        at.waits_for(r"traps were recorded that are not shown here; the last 100 are:", after=end)
+        at.waits_for(r"traps were recorded that are not shown here; the last 100 are:", after=end, seconds=30)
         at.waits_for(r"halted, core 0", after=end)
         at.waits_for(PROMPT, after=end)
         # A backlog of a ring alone would take a minute at this speed.
-        assert time.monotonic() - before < 10
+        assert time.monotonic() - before < 30
         at.enters("events", r"0    \(enabled\)  +[0-9,]+ hits")
 
 

@@ -79,8 +79,8 @@ def qemu_arguments(image: Path, vcpus: int = 1, *, machine: str = "pc", serial: 
     """The arguments, without the binary's name, with which qemu-system-x86_64 runs `image` on `vcpus` vCPUs.
 
     What the guest prints goes to `serial`, as QEMU's -serial takes it. No accelerator is named: add `-accel`
-    as needed. `machine` may be "q35" or "microvm" too: the latter's firmware accesses no MSR, and is done
-    much sooner where each instruction is slow.
+    as needed. `machine` may be "q35" or "microvm" too: the latter's firmware is done much sooner where each
+    instruction is slow, and in older versions of QEMU it accesses no MSR.
     """
     arguments = f"-machine {machine} -smp {vcpus} -display none -nodefaults -no-reboot -serial {serial}"
     return [*arguments.split(" "), "-device", "isa-debug-exit,iobase=0xf4,iosize=0x4", "-kernel", str(image)]

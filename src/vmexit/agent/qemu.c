@@ -115,10 +115,18 @@ void *qemu_cpu(unsigned vcpu) { return __atomic_load_n(&qemu.cpus[vcpu], __ATOMI
 
 bool qemu_current_vcpu(unsigned *vcpu)
 {
-    /* Thread-local, and so not to be had as a weak symbol. Only asked while code is translated. */
-    void **cpu = dlsym(RTLD_DEFAULT, "current_cpu");
-    for (unsigned i = 0; cpu && i < qemu.vcpus; i++)
-        if (qemu.cpus[i] == *cpu) {
+    /* Thread-local, and so not to be had as a weak symbol. */
+    static __thread void **current;
+    static __thread bool has_looked;
+    if (!has_looked)
+        current = dlsym(RTLD_DEFAULT, "current_cpu");
+    has_looked = true;
+    if (current == NULL || *current == NULL)
+        return false;
+    if (*vcpu < qemu.vcpus && qemu_cpu(*vcpu) == *current)
+        return true;
+    for (unsigned i = 0; i < qemu.vcpus; i++)
+        if (qemu_cpu(i) == *current) {
             *vcpu = i;
             return true;
         }

@@ -21,7 +21,8 @@ void qemu_vcpu_up(unsigned vcpu);
 void qemu_vcpu_down(unsigned vcpu);
 /* QEMU's object of the vCPU; null while the vCPU is not there or the internals are out of reach. */
 void *qemu_cpu(unsigned vcpu);
-/* The vCPU whose thread this is and whose registers can be read right now; false where QEMU does not say. */
+/* The vCPU that this thread runs now, whose registers can be read; false where QEMU does not say, and `vcpu` is left as it is. What it
+ * held is looked at first. */
 bool qemu_current_vcpu(unsigned *vcpu);
 
 /* One register by its wire number (VMEXIT_RAX ...), in a callback on the vCPU's own thread. Inside a callback from translated code

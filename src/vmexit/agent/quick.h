@@ -26,7 +26,7 @@ struct rule {
 struct table {
     struct table *retired; /* the next older one that a vCPU may still be reading */
     /* Up to which fill of the ring, and of the half that is being filled, a trap is quick: so that all the records fit that it may
-     * leave, and none makes a half full. quick_half is -1 where the events do more than to record. */
+     * leave, and none makes a half full. quick_half is -1 where the events do more than to record, or there are none. */
     uint64_t quick_used;
     int64_t quick_half;
     const struct rule *rules_end;
@@ -103,6 +103,7 @@ static inline bool quick_pre(unsigned index, unsigned access, unsigned length, u
     __atomic_store_n(&vcpu->reading, table, __ATOMIC_RELAXED);
     __atomic_signal_fence(__ATOMIC_SEQ_CST);
     struct vmexit_ring *ring = vcpu->ring;
+    /* The ring may be in the making for the next debugger where there are no events: then it is not looked at. */
     bool is_quick = table == __atomic_load_n(&core.table, __ATOMIC_ACQUIRE) &&
                     (int64_t)(vcpu->head & core.half_mask) <= table->quick_half &&
                     vcpu->head - __atomic_load_n(&ring->tail, __ATOMIC_ACQUIRE) <= table->quick_used;

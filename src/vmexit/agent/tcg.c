@@ -529,6 +529,15 @@ static bool env_is_proven(unsigned index, const uint64_t *env)
     return state == ENV_PROVEN;
 }
 
+/* Where one thread runs all vCPUs, QEMU from 10.0 on tells a callback the vCPU that its block was translated for (accel/tcg/plugin-gen.c,
+ * gen_cpu_index), whichever it is that executes it now. */
+static unsigned own_index(unsigned index, const uint64_t *env)
+{
+    if (tcg.vcpu_count > 1 && (env == NULL || env != qemu_env(index)))
+        qemu_current_vcpu(&index);
+    return index;
+}
+
 static void look_closer(unsigned index, uintptr_t site, uint64_t *env, uintptr_t return_address)
 {
     if (!env_is_proven(index, env))
@@ -546,12 +555,13 @@ static void look_closer(unsigned index, uintptr_t site, uint64_t *env, uintptr_t
 /* The common way in from translated code. `env` is what the host's register held that TCG keeps the CPU's state in. */
 __attribute__((visibility("hidden"), used)) void tcg_before(unsigned index, uintptr_t site, uint64_t *env)
 {
-    look_closer(index, site, env, (uintptr_t)__builtin_return_address(0));
+    look_closer(own_index(index, env), site, env, (uintptr_t)__builtin_return_address(0));
 }
 
 /* The same, where `env` is proven and somebody may be interested. */
 __attribute__((visibility("hidden"), used)) void tcg_before_quick(unsigned index, uintptr_t site, uint64_t *env)
 {
+    index = own_index(index, env);
     if (site_check_privilege(site) || __atomic_load_n(&tcg.hold_count, __ATOMIC_ACQUIRE) != 0 ||
         !quick_pre(index, site_access(site), site_length(site), site_rip(site, *qemu_env_rip(env)), env))
         look_closer(index, site, env, (uintptr_t)__builtin_return_address(0));
@@ -560,6 +570,7 @@ __attribute__((visibility("hidden"), used)) void tcg_before_quick(unsigned index
 /* On the instruction behind an RDMSR of the same block, whose site it is: nothing can have come in between. */
 __attribute__((visibility("hidden"), used)) void tcg_after(unsigned index, uintptr_t site, uint64_t *env)
 {
+    index = own_index(index, env);
     struct executed executed = tcg.executed[index];
     if (!executed.pending)
         return;

@@ -101,7 +101,7 @@ skips it. In stage post the write has been done.""",
             ("!msrwrite c0000082", "halts the machine before each write to IA32_LSTAR"),
             ("!msrwrite log imm no", "prints the writes to all MSRs"),
             ("!msrwrite c0000082 script { print($value); }", "prints what is written to IA32_LSTAR"),
-            ("!msrwrite 1a0 core 1 sc on log", "ignores what core 1 writes to IA32_MISC_ENABLE, and prints it"),
+            ("!msrwrite 1a0 core 1 sc on log", "ignores what core 1 writes to IA32_MISC_ENABLE; prints it"),
         ),
     )
 

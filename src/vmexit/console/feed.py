@@ -16,7 +16,7 @@ from vmexit.link.rings import Records, joined
 from vmexit.link.wire import RECORD
 from vmexit.prints import Printed
 from vmexit.script.errors import ScriptRunError
-from vmexit.targets.base import Notice
+from vmexit.targets.base import Notice, NoticeKind
 
 _AT_ONCE = 16384
 """Records that are written at once into a file."""
@@ -95,6 +95,8 @@ class Feed:
         self._screen.check()
 
     def _flush(self, until_ns: int) -> None:
+        if any(map(_comes_last, self._items)):
+            until_ns = _FOR_EVER
         stopped = False
         while self._items:
             item = self._items.popleft()
@@ -106,7 +108,7 @@ class Feed:
             if isinstance(item, Stop):
                 stopped = True
                 self._catch_up()
-                self._show_output(_FOR_EVER)
+                self._show_output(until_ns)
                 self._show_stop(item)
             elif isinstance(item, Notice):
                 self._catch_up()
@@ -225,8 +227,8 @@ class Feed:
         lines, count = self._held_lines, self._lines_passed_over
         self._held_lines, self._lines_passed_over = [], 0
         if count > len(lines):
-            passed_over = f"{count - len(lines):,} lines that scripts printed are not shown here"
-            self._screen.write(f"... {passed_over}; the last {len(lines)} are:")
+            what = f"{count - len(lines):,} lines that scripts printed are not shown here"
+            self._screen.write(f"... {what}; the last {len(lines)} are:")
         if lines:
             self._screen.write(b"".join(lines).decode("utf-8", "replace"))
 
@@ -244,3 +246,8 @@ class Feed:
             f"{lost:,} record{'s' * (lost != 1)} dropped so far: they came faster than they were taken "
             "('settings overflow wait' loses none)"
         )
+
+
+def _comes_last(item: Records | Printed | Stop | Notice) -> bool:
+    """Whether all that the guest printed and all traps of before it are known when it comes."""
+    return isinstance(item, Stop) or (isinstance(item, Notice) and item.kind is NoticeKind.SHUTDOWN)

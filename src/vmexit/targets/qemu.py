@@ -258,7 +258,7 @@ class Qemu:
         if self._qmp is None or self._closed:
             return []
         notices = [notice for event in self._qmp.events() if (notice := _notice(event))]
-        if any(notice.kind is NoticeKind.STOPPED for notice in notices):
+        if any(notice.kind in (NoticeKind.STOPPED, NoticeKind.SHUTDOWN) for notice in notices):
             # What the guest has printed before it halted is to be known before that.
             for reader in self._readers:
                 reader.settle(_SETTLE_S)

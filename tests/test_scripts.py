@@ -111,6 +111,18 @@ class TestWhatTheyReach:
             assert text_of(found) == "1 1122334455667788 77 1122334455667788 1122334455667788 1 0\n"
             assert len(before) == 8
 
+    def test_physical_addresses_and_back(self) -> None:
+        with linux("true") as (debugger, _):
+            found = prints_of(debugger)
+            script = """
+                long physical = virtual_to_physical(@rsp);
+                printf("%d %d\\n", poi_pa(physical) == poi(@rsp), poi(physical_to_virtual(physical)) == poi(@rsp));
+                printf("%llx %llx\\n", virtual_to_physical(0x7fff00000000), physical_to_virtual(0xfffffffff000));
+            """
+            debugger.on_msr_write(0xC0000082, core=1, stage=Stage.POST, script=script)
+            finish(debugger, 0)
+            assert text_of(found) == "1 1\n0 0\n"
+
     def test_date_and_time(self) -> None:
         with linux("true") as (debugger, _):
             found = prints_of(debugger)

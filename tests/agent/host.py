@@ -75,6 +75,7 @@ def event(
     flags: EventFlag = PLAIN,
     enabled: bool = True,
     core: int = wire.ALL_CORES,
+    script: int = 0,
 ) -> bytes:
     """A packed event; without ranges it is about every MSR."""
     ranges = ranges or ((0, 0xFFFF_FFFF),)
@@ -87,6 +88,7 @@ def event(
         actions=int(actions),
         flags=int(flags | (EventFlag.ENABLED if enabled else 0)),
         core=core,
+        script=script,
         range_count=len(ranges),
         ranges=[{"first": first, "last": last} for first, last in ranges],
     )
@@ -351,10 +353,11 @@ def request(
     magic: int = wire.MAGIC,
     length: int | None = None,
     fields: Iterable[tuple[str, int]] = (),
+    files: Sequence[int] = (),
 ) -> None:
-    """Sends one message; its length field tells the truth unless ``length`` is given."""
+    """Sends one message, and files with it; its length field tells the truth unless ``length`` is given."""
     header = {"magic": magic, "type": kind, "serial": 7, "length": len(payload) if length is None else length, **dict(fields)}
-    connection.send(wire.pack("message", **header) + payload)
+    socket.send_fds(connection, [wire.pack("message", **header) + payload], files)
 
 
 def reply(connection: socket.socket) -> tuple[int, bytes]:

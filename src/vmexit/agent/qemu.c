@@ -339,18 +339,6 @@ bool qemu_write_system_register(unsigned vcpu, unsigned number, uint64_t value)
 
 /* ---- memory ---- */
 
-bool qemu_to_physical(unsigned vcpu, uint64_t address, uint64_t *physical)
-{
-    uint64_t attributes = 0;
-    if (!cpu_get_phys_page_attrs_debug)
-        return false;
-    qemu_lock();
-    uint64_t page = cpu_get_phys_page_attrs_debug(qemu_cpu(vcpu), address & ~UINT64_C(0xfff), &attributes);
-    qemu_unlock();
-    *physical = page | (address & 0xfff);
-    return page != UINT64_MAX;
-}
-
 bool qemu_access_memory(unsigned vcpu, bool physical, bool write, uint64_t address, void *bytes, uint32_t length)
 {
     const uint64_t no_attributes = 1; /* MEMTXATTRS_UNSPECIFIED */

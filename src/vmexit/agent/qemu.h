@@ -52,8 +52,6 @@ static inline const uint64_t *qemu_env_rip(const uint64_t *env)
 bool qemu_read_system_register(unsigned vcpu, unsigned number, uint64_t *value);
 bool qemu_write_system_register(unsigned vcpu, unsigned number, uint64_t value);
 
-/* By the vCPU's page tables; false: not mapped. */
-bool qemu_to_physical(unsigned vcpu, uint64_t address, uint64_t *physical);
 bool qemu_access_memory(unsigned vcpu, bool physical, bool write, uint64_t address, void *bytes, uint32_t length);
 bool qemu_is_running(void);
 void qemu_lock(void);

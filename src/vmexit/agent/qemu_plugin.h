@@ -88,7 +88,6 @@ void *qemu_get_cpu(int index) IF_PRESENT;
 int x86_cpu_gdb_read_register(void *cpu, GByteArray *buf, int n) IF_PRESENT;
 int x86_cpu_gdb_write_register(void *cpu, uint8_t *buf, int n) IF_PRESENT;
 int cpu_memory_rw_debug(void *cpu, uint64_t addr, void *buf, uint64_t len, bool is_write) IF_PRESENT;
-uint64_t cpu_get_phys_page_attrs_debug(void *cpu, uint64_t addr, void *attrs) IF_PRESENT;
 void cpu_x86_update_dr7(void *env, uint32_t new_dr7) IF_PRESENT;
 bool cpu_restore_state(void *cpu, uintptr_t host_pc, bool will_exit) IF_PRESENT;
 void cpu_loop_exit(void *cpu) __attribute__((noreturn)) IF_PRESENT;

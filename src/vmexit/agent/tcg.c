@@ -10,11 +10,14 @@
 #include <time.h>
 
 #include "core.h"
+#include "paging.h"
 #include "qemu.h"
 #include "quick.h"
 
 enum { RUN_STATE_PAUSED = 4 }; /* QEMU, qapi/run-state.json */
 enum { HOLDS = 64 };
+/* Page tables that are read in search of a virtual address. */
+enum { MOST_TABLES = 4096 };
 enum { ENV_TRIES = 16, ENV_PROVEN = ENV_TRIES + 1 };
 
 /* An instruction whose events have acted, wholly or up to a break, and which has yet to execute. The machine may take interrupts
@@ -251,15 +254,34 @@ static bool reach_memory(struct trap *trap, bool physical, bool write, uint64_t 
     return qemu_access_memory(trap->vcpu, physical, write, address, bytes, length);
 }
 
+static bool access_physical(void *trap, uint64_t physical, void *bytes, uint32_t length, bool write)
+{
+    return qemu_access_memory(((struct trap *)trap)->vcpu, true, write, physical, bytes, length);
+}
+
+static struct paging page_tables(struct trap *trap)
+{
+    const struct place *place = trap->place;
+    return (struct paging){
+        .cr0 = read_register(trap->vcpu, place, VMEXIT_CR0),
+        .cr3 = read_register(trap->vcpu, place, VMEXIT_CR3),
+        .cr4 = read_register(trap->vcpu, place, VMEXIT_CR4),
+        .efer = read_register(trap->vcpu, place, VMEXIT_EFER),
+        .access = access_physical,
+        .context = trap,
+    };
+}
+
 static bool to_physical(struct trap *trap, uint64_t address, uint64_t *physical)
 {
-    return qemu_to_physical(trap->vcpu, address, physical);
+    struct paging paging = page_tables(trap);
+    return paging_translate(&paging, address, physical, NULL);
 }
 
 static bool to_virtual(struct trap *trap, uint64_t physical, uint64_t *address)
 {
-    (void)trap, (void)physical, (void)address;
-    return false;
+    struct paging paging = page_tables(trap);
+    return paging_find(&paging, physical, MOST_TABLES, address);
 }
 
 static void halt(void)

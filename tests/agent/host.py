@@ -351,10 +351,11 @@ def request(
     magic: int = wire.MAGIC,
     length: int | None = None,
     fields: Iterable[tuple[str, int]] = (),
+    files: Sequence[int] = (),
 ) -> None:
-    """Sends one message; its length field tells the truth unless ``length`` is given."""
+    """Sends one message, and files with it; its length field tells the truth unless ``length`` is given."""
     header = {"magic": magic, "type": kind, "serial": 7, "length": len(payload) if length is None else length, **dict(fields)}
-    connection.send(wire.pack("message", **header) + payload)
+    socket.send_fds(connection, [wire.pack("message", **header) + payload], files)
 
 
 def reply(connection: socket.socket) -> tuple[int, bytes]:

@@ -442,3 +442,104 @@ def test_the_shared_memory_cannot_be_resized(host: FakeHost) -> None:
         assert os.fstat(memory).st_size == size
         os.close(memory)
         os.close(wake)
+
+
+# ---- scripts ----
+
+CODE = bytes.fromhex("31c0c3")  # xor eax, eax; ret
+SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+
+
+def script_file(data: bytes = CODE.ljust(8192, b"\xcc"), seals: int = SEALS) -> int:
+    """A file in memory, the caller's to close."""
+    file = os.memfd_create("script", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
+    os.write(file, data)
+    fcntl.fcntl(file, fcntl.F_ADD_SEALS, seals)
+    return file
+
+
+def add_script(connection: socket.socket, files: list[int], **fields: int) -> int:
+    """The agent's answer; the files are closed."""
+    described = {"script": 1, "entry": 0, "code_size": len(CODE), "constants_size": 4096, **fields}
+    try:
+        request(connection, MessageType.ADD_SCRIPT, wire.pack("script_file", **described), files=files)
+    finally:
+        for file in files:
+            os.close(file)
+    return reply(connection)[0]
+
+
+def test_a_script_that_is_sound_is_run(host: FakeHost, raw: socket.socket) -> None:
+    assert add_script(raw, [script_file()]) == Status.OK
+    assert exchange(raw, MessageType.EVENTS, event(1, actions=8, script=1), argument=1)[0] == Status.OK
+    host.run(wrmsr(0x10, 1))
+    assert len(host.executed()) == 1
+    # Nobody names it any more, so it is gone.
+    assert exchange(raw, MessageType.EVENTS, event(1), argument=1)[0] == Status.OK
+    assert exchange(raw, MessageType.EVENTS, event(1, actions=8, script=1), argument=1)[0] == Status.REFUSED
+    check_still_well(host, raw)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"script": 0},
+        {"code_size": 0},
+        {"entry": len(CODE)},
+        {"entry": 0xFFFFFFFF},
+        {"code_size": 8193},
+        {"code_size": 0xFFFFFFFF},
+        {"constants_size": 4097},
+        {"constants_size": 0xFFFFFFFF},
+    ],
+)
+def test_every_field_of_a_script(host: FakeHost, raw: socket.socket, fields: dict[str, int]) -> None:
+    assert add_script(raw, [script_file()], **fields) == Status.REFUSED
+    check_still_well(host, raw)
+
+
+@pytest.mark.parametrize("seals", [0, fcntl.F_SEAL_WRITE, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW, SEALS & ~fcntl.F_SEAL_SHRINK])
+def test_a_file_that_somebody_can_still_change(host: FakeHost, raw: socket.socket, seals: int) -> None:
+    assert add_script(raw, [script_file(seals=seals)]) == Status.REFUSED
+    check_still_well(host, raw)
+
+
+def test_files_that_are_none(host: FakeHost, raw: socket.socket) -> None:
+    assert add_script(raw, []) == Status.REFUSED
+    assert add_script(raw, [os.open("/dev/null", os.O_RDONLY)]) == Status.REFUSED
+    assert add_script(raw, [os.open("/proc/self/exe", os.O_RDONLY)]) == Status.REFUSED
+    assert add_script(raw, list(os.pipe())) == Status.REFUSED
+    check_still_well(host, raw)
+
+
+def test_files_that_nobody_asked_for_are_closed(host: FakeHost, raw: socket.socket) -> None:
+    descriptors = Path(f"/proc/{host.process.pid}/fd")
+    before = len(list(descriptors.iterdir()))
+    for _ in range(50):
+        files = [script_file(), script_file()]
+        request(raw, MessageType.OVERFLOW, files=files)
+        assert reply(raw)[0] == Status.OK
+        for file in files:
+            os.close(file)
+    assert len(list(descriptors.iterdir())) == before
+    check_still_well(host, raw)
+
+
+def test_the_same_number_twice(host: FakeHost, raw: socket.socket) -> None:
+    assert add_script(raw, [script_file()], script=7) == Status.OK
+    assert add_script(raw, [script_file()], script=7) == Status.REFUSED
+    assert exchange(raw, MessageType.EVENTS, event(1), argument=1)[0] == Status.OK
+    assert add_script(raw, [script_file()], script=7) == Status.OK
+    check_still_well(host, raw)
+
+
+@pytest.mark.parametrize(("steps", "stack"), [(0, 262144), (1000, 0), (1000, 32767), (1000, 1 << 20 | 1), (1000, 0xFFFFFFFF)])
+def test_limits_of_scripts(host: FakeHost, raw: socket.socket, steps: int, stack: int) -> None:
+    assert exchange(raw, MessageType.SCRIPT_LIMITS, argument=stack, address=steps)[0] == Status.REFUSED
+    assert exchange(raw, MessageType.SCRIPT_LIMITS, argument=262144, address=1000)[0] == Status.OK
+    check_still_well(host, raw)
+
+
+def test_events_by_somebody_who_does_not_know_what_scripts_did(host: FakeHost, raw: socket.socket) -> None:
+    assert exchange(raw, MessageType.EVENTS, event(1), argument=1, address=1)[0] == Status.STALE
+    check_still_well(host, raw)

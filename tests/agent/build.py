@@ -56,6 +56,11 @@ def build_agent(sanitizer: str = "") -> Path:
     return _build("agent", sorted(AGENT.glob("*.c")), ("-std=c11", "-shared", "-fvisibility=hidden"), sanitizer)
 
 
+def build_part(*names: str) -> Path:
+    """Some of the agent's sources as a library, all of whose functions can be called."""
+    return _build("part", [AGENT / name for name in names], ("-std=c11", "-shared"), "")
+
+
 def build_host(api: int, *, internals: bool, halt: bool, general_registers: int, sanitizer: str = "") -> Path:
     """The fake host that plays a QEMU of this plugin API version; see fake_qemu.c and fake_guest.h for the rest."""
     options = (

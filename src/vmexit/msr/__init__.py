@@ -1,0 +1,6 @@
+"""What an MSR is: its names, its fields, and what a value of it says."""
+
+from vmexit.msr.fields import Decoded, Field, changes, decode
+from vmexit.msr.table import VENDORS, Msr, at, beginning, everything, find, similar
+
+__all__ = ["VENDORS", "Decoded", "Field", "Msr", "at", "beginning", "changes", "decode", "everything", "find", "similar"]

@@ -78,7 +78,7 @@ def test_one_address_can_mean_several_things() -> None:
 
 def test_who_it_is_from() -> None:
     assert named("EFER").vendor_text == "Intel and AMD"
-    assert named("P4_IQ_ESCR0").vendor_text == "Intel (p4)"
+    assert named("P4_IQ_ESCR0").vendor_text == "Intel p4"
     assert "volume 4, table 2-2" in named("EFER").sources[0]
 
 

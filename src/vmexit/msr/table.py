@@ -81,7 +81,7 @@ class Msr:
     def vendor_text(self) -> str:
         """Who has it, in words."""
         vendor, _, processors = self.vendor.partition("-")
-        return f"{VENDORS[vendor]} ({processors})" if processors else VENDORS[vendor]
+        return f"{VENDORS[vendor]} {processors}".rstrip()
 
     @property
     def sources(self) -> tuple[str, ...]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+_NUMBERED = re.compile(r"(.*\D)(\d+)")
 _LINE = re.compile(r"(\d+)(?::(\d+))?(@?)\s+(\S+)\s*([^{]*?)\s*(?:\{([^}]*)\})?")
 
 
@@ -92,13 +93,45 @@ class Decoded:
         return value
 
     def words(self) -> list[str]:
-        """What is worth telling: flags that are set, "NAME=value", and "other=..." for bits that no field covers."""
-        words = [field.name if field.is_flag else f"{field.name}={field.shown(held)}" for field, held in self.telling()]
+        """What is worth telling: flags that are set, "NAME=value", and "other=..." for bits that no field covers.
+
+        Numbered fields that hold the same are told together, "T0-T7=WB", from three on.
+        """
+        words: list[str] = []
+        for run in _runs(self.telling()):
+            field, held = run[0]
+            names = [field.name for field, _ in run]
+            if field.is_flag:
+                words += names
+            elif len(run) > 2:
+                words.append(f"{names[0]}-{names[-1]}={field.shown(held)}")
+            else:
+                words += [f"{name}={field.shown(held)}" for name in names]
         return [*words, f"other={self.rest:#x}"] if self.rest else words
 
     def telling(self) -> Iterable[tuple[Field, int]]:
         """The fields that are worth telling."""
         return [(field, held) for field, held in self.fields if (held or 0 in field.values) and held != field.usual]
+
+
+def _runs(told: Iterable[tuple[Field, int]]) -> Iterator[list[tuple[Field, int]]]:
+    """Fields that are numbered one after another and hold the same, put together."""
+    run: list[tuple[Field, int]] = []
+    for field, held in told:
+        if run and not (held == run[-1][1] and _follows(run[-1][0], field)):
+            yield run
+            run = []
+        run.append((field, held))
+    if run:
+        yield run
+
+
+def _follows(before: Field, field: Field) -> bool:
+    """Whether one is T3, say, and the other T4, and the same stands in both for the same."""
+    this, that = _NUMBERED.fullmatch(before.name), _NUMBERED.fullmatch(field.name)
+    if this is None or that is None or before.values != field.values or before.in_place:
+        return False
+    return this[1] == that[1] and int(this[2]) + 1 == int(that[2])
 
 
 def decode(fields: Sequence[Field], value: int) -> Decoded:

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmexit import msr
+from vmexit.errors import VmexitError
 from vmexit.msr import Msr, changes, decode
 from vmexit.msr.fields import parse_field
 
@@ -195,6 +196,14 @@ def test_names_that_begin_like_this(start: str, names: list[str]) -> None:
 def test_names_that_somebody_may_have_meant(word: str, meant: str) -> None:
     assert meant in msr.similar(word, 20)
     assert len(msr.similar(word, 1)) == 1
+
+
+def test_the_address_of_a_name() -> None:
+    assert msr.address_of("ia32_lstar") == 0xC0000082
+    with pytest.raises(VmexitError, match="did you mean LSTAR, STAR, CSTAR"):
+        msr.address_of("lsttar")
+    with pytest.raises(VmexitError, match=r"there is no MSR ''$"):
+        msr.address_of("")
 
 
 def test_nothing_is_like_nonsense() -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+from vmexit.errors import VmexitError
 from vmexit.msr.fields import Field, changes, decode, parse_field
 
 DATA = Path(__file__).with_name("data")
@@ -224,6 +225,15 @@ def find(what: str | int, vendor: str | None = None) -> Msr | None:
     found = at(what)
     wanted = [msr for msr in found if vendor is None or msr.vendor.partition("-")[0] in (vendor, "both")]
     return next(iter([*wanted, *found]), None)
+
+
+def address_of(name: str) -> int:
+    """The address of the MSR with that name, as in find. Raises VmexitError, with names that may have been meant."""
+    found = find(name)
+    if found is None:
+        names = similar(name)
+        raise VmexitError(f"there is no MSR '{name}'" + (f": did you mean {', '.join(names)}?" if names else ""))
+    return found.address
 
 
 def _spellings(name: str) -> Iterator[str]:

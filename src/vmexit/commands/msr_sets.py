@@ -31,17 +31,12 @@ def parse(arguments: Arguments, tokens: Sequence[Token], other: Iterable[str]) -
             groups[-1].append(token)
         else:
             groups.append([token])
-    ranges = _ranges(arguments, [part for token in groups[0] for part in _parts(token)], other)
-    for group in groups[1:]:
-        _ranges(arguments, [part for token in group for part in _parts(token)], other)
-        listed = f"{groups[0][-1].text},{group[0].text}"
-        raise arguments.error(
-            "an event names its MSRs in one list",
-            group[0],
-            until=group[-1],
-            hint=f"write {listed}, or make another event for this one",
-        )
-    return MsrSet.of_ranges(ranges)
+    ranges = [_ranges(arguments, [part for token in group for part in _parts(token)], other) for group in groups]
+    if len(groups) > 1:
+        first, second = groups[:2]
+        hint = f"write {first[-1].text},{second[0].text}, or make another event for this one"
+        raise arguments.error("an event names its MSRs in one list", second[0], until=second[-1], hint=hint)
+    return MsrSet.of_ranges(ranges[0])
 
 
 def _parts(token: Token) -> list[Token]:

@@ -34,7 +34,29 @@ def test_it_starts_quickly() -> None:
     assert time.monotonic() - before < 3
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["demo", "-h"], ["doctor", "-h"]])
+def test_an_msr_is_explained_quickly_too() -> None:
+    heavy = {"numpy", "cffi", "capstone", "qemu", "prompt_toolkit", "llvmlite"}
+    script = f"import sys; from vmexit.cli import main; main(['msr', 'efer', 'd01']); print(*{heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert (lines[0], lines[-1]) == ("EFER = 0xd01 SCE LME LMA NXE", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["IA32_LSTAR"], "c0000082 LSTAR (Intel and AMD): where SYSCALL enters the kernel from 64-bit code\n"),
+        (["0xC0000080", "500"], "EFER = 0x500 LME LMA\n"),
+        (["efer", "500", "0n3329"], "EFER 0x500 -> 0xd01 +SCE +NXE\n"),
+        ([], "0         P5_MC_ADDR "),
+    ],
+)
+def test_msr(words: list[str], shown: str, capsys: Shown) -> None:
+    assert cli.main(["msr", *words]) == 0
+    assert capsys.readouterr().out.startswith(shown)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["msr", "--help"], ["demo", "-h"], ["doctor", "-h"]])
 def test_help(arguments: list[str], capsys: Shown) -> None:
     assert cli.main(arguments) == 0
     assert capsys.readouterr().out.startswith("usage: vmexit")
@@ -43,7 +65,7 @@ def test_help(arguments: list[str], capsys: Shown) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ([], "what to do? run, eval, demo or doctor (see vmexit --help)"),
+        ([], "what to do? run, eval, msr, demo or doctor (see vmexit --help)"),
         (["walk"], "argument ACTION: invalid choice: 'walk'"),
         (["--bogus"], "unrecognized: --bogus"),
         (["run"], "QEMU's arguments are missing: vmexit run [options] -- QEMU ARGUMENTS"),
@@ -55,6 +77,12 @@ def test_help(arguments: list[str], capsys: Shown) -> None:
         (["run", "--script", "/nonexistent/file", "--"], "--script /nonexistent/file: No such file or directory"),
         (["run", "--script", "/", "--"], "--script /: Is a directory"),
         (["doctor", "--", "x"], "only 'vmexit run' takes arguments behind --"),
+        (["msr", "lsttar"], "there is no MSR 'lsttar': did you mean LSTAR, STAR, CSTAR?"),
+        (["msr", "efer", "1", "2", "3"], "'msr' takes 3 arguments at most"),
+        (["msr", "efer", "{"], "'{' is no value of an MSR"),
+        (["msr", "", "1"], "there is no MSR ''"),
+        (["msr", "//"], "there is no MSR '//'"),
+        (["msr", "dead0"], "nothing is known of MSR dead0"),
         (["demo", "--kernel"], "argument --kernel: expected one argument"),
     ],
 )

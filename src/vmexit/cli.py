@@ -1,4 +1,4 @@
-"""The ``vmexit`` command: run, eval, demo, doctor."""
+"""The ``vmexit`` command: run, eval, msr, demo, doctor."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from vmexit.errors import UsageError, VmexitError
+from vmexit.errors import CommandError, UsageError, VmexitError
 
 if TYPE_CHECKING:
     from vmexit.console.run import GivenCommand
@@ -71,6 +71,16 @@ def _parser(action: str) -> argparse.ArgumentParser:
 
         add_arguments(evaluate)
 
+    msr = actions.add_parser(
+        "msr",
+        help="explain an MSR, a value of it, or a change",
+        usage="vmexit msr [MSR [VALUE | OLD NEW]]",
+        description="Shows what an MSR is, what a value of it says, or what differs between two values; without an MSR a line "
+        "for each that is known. Numbers are hexadecimal.",
+        allow_abbrev=False,
+    )
+    msr.add_argument("words", metavar="MSR, VALUE", nargs="*", help="as the command 'msr' of the console has them")
+
     demo = actions.add_parser("demo", help="boot a real Linux kernel and trap its MSR writes", allow_abbrev=False)
     demo.add_argument("--kernel", metavar="PATH", type=Path, help="a kernel image (bzImage) to boot instead of Debian's")
 
@@ -126,6 +136,8 @@ def _main(argv: list[str]) -> int:
             from vmexit.script.evaluate import main_eval
 
             return main_eval(parsed)
+        case "msr":
+            return _msr(parsed.words)
         case "demo":
             from vmexit import demo
 
@@ -137,7 +149,22 @@ def _main(argv: list[str]) -> int:
             print(doctor.render(results), flush=True)
             return FAILED_STATUS if any(check.ok is False for check in results) else 0
         case _:
-            raise UsageError("what to do? run, eval, demo or doctor (see vmexit --help)")
+            raise UsageError("what to do? run, eval, msr, demo or doctor (see vmexit --help)")
+
+
+def _msr(words: list[str]) -> int:
+    from vmexit.commands import msr_explain
+    from vmexit.commands.command import Arguments
+    from vmexit.console.tokens import words_of
+
+    if not words:
+        print(msr_explain.overview(), flush=True)
+        return 0
+    try:
+        print(msr_explain.explanation(Arguments(" ".join(("msr", *words)), words_of(("msr", *words)))), flush=True)
+    except CommandError as error:
+        raise UsageError(str(error)) from None
+    return 0
 
 
 def _run(parsed: argparse.Namespace, arguments: list[str]) -> int:

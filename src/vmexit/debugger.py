@@ -22,6 +22,7 @@ from vmexit.guest.disassembly import Mode, mode_of
 from vmexit.link.client import RequestError
 from vmexit.link.rings import Records
 from vmexit.link.wire import Access, Action, Stage, Status
+from vmexit.msr import address_of
 from vmexit.prints import Printed, printed
 from vmexit.program import Program, check
 from vmexit.recording import Recording, Summary
@@ -170,7 +171,7 @@ class Debugger:
 
     def on_msr_write(
         self,
-        msr: int | range | None = None,
+        msr: int | str | range | None = None,
         callback: Callback | None = None,
         *,
         core: int | None = None,
@@ -182,17 +183,17 @@ class Debugger:
     ) -> Event:
         """Traps WRMSR: calls ``callback`` with each, runs ``script`` at each, or both; else records it.
 
-        ``msr``: one address, a range of them, or None for all but those that are written all the time (events.msrs). ``core``:
-        a vCPU's index, None for all. ``script``: text of the script language, which runs in the vCPU's thread, before the
-        callback; what it prints goes to ``print_listeners``. ``keep``: so many of the newest records stay in
-        ``event.recording``; none with a callback or script. Raises VmexitError where it cannot be, ScriptError (one of these)
-        for a script that does not compile.
+        ``msr``: one address, a name ("LSTAR"), a range of addresses, or None for all but those that are written all the time
+        (events.msrs). ``core``: a vCPU's index, None for all. ``script``: text of the script language, which runs in the
+        vCPU's thread, before the callback; what it prints goes to ``print_listeners``. ``keep``: so many of the newest records
+        stay in ``event.recording``; none with a callback or script. Raises VmexitError where it cannot be, ScriptError (one of
+        these) for a script that does not compile.
         """
         return self._on_access(Access.WRMSR, msr, callback, core, stage, script, short_circuit, immediate, keep)
 
     def on_msr_read(
         self,
-        msr: int | range | None = None,
+        msr: int | str | range | None = None,
         callback: Callback | None = None,
         *,
         core: int | None = None,
@@ -208,7 +209,7 @@ class Debugger:
     def _on_access(
         self,
         access: Access,
-        msr: int | range | None,
+        msr: int | str | range | None,
         callback: Callback | None,
         core: int | None,
         stage: Stage,
@@ -222,8 +223,8 @@ class Debugger:
         action = (Action.ASK if callback else Action(0)) | (Action.SCRIPT if script else Action(0))
         if msr is None:
             msrs = MsrSet.all_but(UNNAMED_WRITES if access == Access.WRMSR else UNNAMED_READS)
-        elif isinstance(msr, int):
-            msrs = MsrSet.of(msr)
+        elif isinstance(msr, int | str):
+            msrs = MsrSet.of(msr if isinstance(msr, int) else address_of(msr))
         else:
             msrs = MsrSet.of_ranges([(msr.start, msr.stop - 1)]) if msr.step == 1 else MsrSet.of(*msr)
         return self.add(

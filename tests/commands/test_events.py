@@ -23,9 +23,9 @@ def test_the_list(three: Typist) -> None:
     three.link.rings.hits_of = {0: 1, 1: 12345}
     three.types("events d 2")
     assert three.types("events").split("\n") == [
-        "0    (enabled)        1 hit   !msrwrite c0000082",
+        "0    (enabled)        1 hit   !msrwrite c0000082  // c0000082 LSTAR",
         "1    (enabled)   12,345 hits  !msrread log",
-        "2    (disabled)       0 hits  !MSRWRITE 10 core 1",
+        "2    (disabled)       0 hits  !MSRWRITE 10 core 1  // 10 TSC",
     ]
 
 

@@ -71,8 +71,8 @@ def test_by_default_it_breaks_before_each_write_on_all_cores(typist: Typist) -> 
 )
 def test_options_in_any_order_and_letter_case(typist: Typist, line: str, expected: dict[str, object]) -> None:
     if '"' in line:
-        # An MSR's number is a number, not a text.
-        assert "neither an MSR number" in typist.fails(line)
+        # An MSR is a number or a name, not a text.
+        assert "typed without quotes and braces" in typist.fails(line)
         return
     event = made(typist, line)
     assert same(event, msrs=MsrSet.of(0xC0000082), text=line.strip(), **expected)
@@ -97,8 +97,8 @@ def test_no_msr_means_all_but_a_few(typist: Typist, command: str, access: Access
 
 
 def test_it_says_what_it_made(typist: Typist) -> None:
-    assert typist.types("!msrwrite c0000082") == "event 0 breaks at each wrmsr of c0000082 (stage pre, all cores)"
-    assert typist.types("!msrread 10 stage post core 1 log") == "event 1 prints each rdmsr of 10 (stage post, core 1)"
+    assert typist.types("!msrwrite c0000082") == "event 0 breaks at each wrmsr of c0000082 LSTAR (stage pre, all cores)"
+    assert typist.types("!msrread 10 stage post core 1 log") == "event 1 prints each rdmsr of 10 TSC (stage post, core 1)"
     assert typist.types("!msrwrite sc on") == (
         "event 2 breaks at each wrmsr of every MSR (stage pre, all cores, short-circuited)\n"
         "left out, unless an event names them: 48 49 e7 e8 c0000102"
@@ -121,7 +121,7 @@ def test_it_holds_at_once(typist: Typist) -> None:
         (
             "!msrwrite stge post",
             """
-            'stge' is neither an MSR number nor an option: did you mean 'stage'?
+            'stge' is neither an MSR nor an option: did you mean 'stage'?
             !msrwrite stge post
                       ^~~~
             """,
@@ -129,7 +129,7 @@ def test_it_holds_at_once(typist: Typist) -> None:
         (
             "!msrwrite c0000082 ! log",
             """
-            '!' is neither an MSR number nor an option
+            '!' is neither an MSR nor an option
             !msrwrite c0000082 ! log
                                ^
             """,
@@ -137,7 +137,7 @@ def test_it_holds_at_once(typist: Typist) -> None:
         (
             "!msrwrite 10 log 20",
             """
-            one command traps one MSR (make another event for this one, or name none to trap all)
+            an event names its MSRs in one list (write 10,20, or make another event for this one)
             !msrwrite 10 log 20
                              ^~
             """,
@@ -277,7 +277,7 @@ def test_what_is_not_available_yet(typist: Typist, rest: str, marked: str) -> No
         ("output {a,b,c,d,e,f}", "an event has 5 outputs at most, not 6", "{a,b,c,d,e,f}"),
         ("asm", "'asm' stands before 'code' or 'condition'", "asm"),
         ("script {x} stage past", "'past' is no value of 'stage'", "past"),
-        ("pid 4 zz", "'zz' is neither an MSR number nor an option", "zz"),
+        ("pid 4 zz", "'zz' is neither an MSR nor an option", "zz"),
     ],
 )
 def test_a_wrong_value_is_told_before_that_it_is_not_available(typist: Typist, rest: str, message: str, marked: str) -> None:

@@ -32,7 +32,7 @@ def test_when_the_machine_has_ended(typist: Typist) -> None:
     for line in ("g", "pause", "r", "u", "db 0", "events sc on", "!msrwrite 10"):
         with pytest.raises(TargetError, match="the machine has ended"):
             typist.types(line)
-    assert typist.types("events") == "0    (enabled)   3 hits  !msrwrite 10 log"
+    assert typist.types("events") == "0    (enabled)   3 hits  !msrwrite 10 log  // 10 TSC"
     assert "state    ended" in typist.types(".status")
     assert typist.types("~ 1") == "current core: 1"
 

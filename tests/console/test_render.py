@@ -32,23 +32,23 @@ def trap(**fields: int) -> Trap:
     [
         (
             trap(time_ns=12 * S + 345_678_900),
-            "    2.345678  0     pre   wrmsr  c0000082  ffffffff81a00080  0000000000101506",
+            "    2.345678  0     pre   wrmsr  c0000082  ffffffff81a00080  0000000000101506  LSTAR",
         ),
         (
             trap(time_ns=10 * S, core=0x1F, stage=Stage.POST, access=Access.RDMSR, msr=0x10, value=5),
-            "    0.000000  1f    post  rdmsr  00000010  0000000000000005  0000000000101506",
+            "    0.000000  1f    post  rdmsr  00000010  0000000000000005  0000000000101506  TSC",
         ),
         (
             trap(time_ns=10 * S, access=Access.RDMSR, value=0xDEAD),
-            "    0.000000  0     pre   rdmsr  c0000082  -                 0000000000101506",
+            "    0.000000  0     pre   rdmsr  c0000082  -                 0000000000101506  LSTAR",
         ),
         (
             trap(time_ns=9 * S, flags=SKIPPED, rip=0xFFFFFFFF8103F2B7),
-            "    0.000000  0     pre   wrmsr  c0000082  ffffffff81a00080  ffffffff8103f2b7  short-circuited",
+            "    0.000000  0     pre   wrmsr  c0000082  ffffffff81a00080  ffffffff8103f2b7  short-circuited  LSTAR",
         ),
         (
             trap(time_ns=1_234_567 * S),
-            "1234557.000000  0     pre   wrmsr  c0000082  ffffffff81a00080  0000000000101506",
+            "1234557.000000  0     pre   wrmsr  c0000082  ffffffff81a00080  0000000000101506  LSTAR",
         ),
     ],
 )
@@ -83,8 +83,8 @@ _RECORDS = st.lists(
         core=st.integers(0, 0xFFFF),
         access=st.sampled_from([Access.WRMSR, Access.RDMSR]),
         stage=st.sampled_from([Stage.PRE, Stage.POST]),
-        msr=st.integers(0, 0xFFFF_FFFF),
-        value=st.integers(0, (1 << 64) - 1),
+        msr=st.one_of(st.integers(0, 0xFFFF_FFFF), st.sampled_from([0xC0000080, 0xC0000082, 0x277, 0x830, 0x10])),
+        value=st.one_of(st.integers(0, (1 << 64) - 1), st.sampled_from([0, 0xD01])),
         rip=st.integers(0, (1 << 64) - 1),
         flags=st.sampled_from([0, 0, SKIPPED, int(RecordFlag.INTERRUPTED)]),
     ),
@@ -114,7 +114,7 @@ def test_no_records_no_lines() -> None:
 def test_colour_is_put_around_what_stands_there_anyway() -> None:
     records = joined([record(flags=SKIPPED), record()] * 40)
     plain, coloured = Columns(0).lines(records), Columns(0, colour=True).lines(records)
-    assert "\033[33m  short-circuited\033[0m\n" in coloured
+    assert "\033[33m  short-circuited\033[0m  LSTAR\n" in coloured
     for code in ("\033[2m", "\033[33m", "\033[0m"):
         coloured = coloured.replace(code, "")
     assert coloured == plain
@@ -139,12 +139,18 @@ def test_a_break_before_the_instruction(stopped: Typist) -> None:
     at = trap(rip=0x101000, core=1, event=0x1A, action=Action.BREAK)
     assert shown(stopped, Stop(StopReason.BREAK, at)) == [
         "event 1a triggered (pre) on core 1: wrmsr, MSR c0000082, value ffffffff81a00080",
+        "MSR   LSTAR = 0xffffffff81a00080",
         "RIP   00000000`00101000 0F 30                               wrmsr",
     ]
     at = trap(rip=0x101000, core=1, access=Access.RDMSR, flags=SKIPPED)
-    assert shown(stopped, Stop(StopReason.BREAK, at))[0] == (
-        "event 0 triggered (pre) on core 1: rdmsr, MSR c0000082, value -, short-circuited"
-    )
+    assert shown(stopped, Stop(StopReason.BREAK, at))[:2] == [
+        "event 0 triggered (pre) on core 1: rdmsr, MSR c0000082, value -, short-circuited",
+        "MSR   LSTAR",
+    ]
+    at = trap(rip=0x101000, core=1, msr=0xC0000080, value=0xD01)
+    assert shown(stopped, Stop(StopReason.BREAK, at))[1] == "MSR   EFER = 0xd01 SCE LME LMA NXE"
+    at = trap(rip=0x101000, core=1, msr=0xC1234567)
+    assert shown(stopped, Stop(StopReason.BREAK, at))[1].startswith("RIP   ")
 
 
 def test_a_break_after_the_instruction(stopped: Typist) -> None:
@@ -152,18 +158,19 @@ def test_a_break_after_the_instruction(stopped: Typist) -> None:
     at = trap(rip=0x101000, core=1, stage=Stage.POST)
     assert shown(stopped, Stop(StopReason.BREAK, at)) == [
         "event 0 triggered (post) on core 1: wrmsr, MSR c0000082, value ffffffff81a00080",
+        "MSR   LSTAR = 0xffffffff81a00080",
         "done  00000000`00101000 0F 30                               wrmsr",
         "RIP   00000000`00101002 48 89 D8                            mov rax, rbx   <- the guest goes on at RIP",
     ]
     interrupted = trap(rip=0x101000, core=1, stage=Stage.POST, flags=RecordFlag.INTERRUPTED)
-    assert shown(stopped, Stop(StopReason.BREAK, interrupted))[2].endswith("<- an interrupt came first; RIP is at its handler")
+    assert shown(stopped, Stop(StopReason.BREAK, interrupted))[3].endswith("<- an interrupt came first; RIP is at its handler")
 
 
 def test_a_break_that_is_over_by_now_or_whose_code_cannot_be_read(stopped: Typist) -> None:
     at = trap(rip=0x555000, core=1)
-    assert shown(stopped, Stop(StopReason.BREAK, at))[1] == "RIP   00000000`00555000"
+    assert shown(stopped, Stop(StopReason.BREAK, at))[2] == "RIP   00000000`00555000"
     stopped.target.runs = True
-    assert shown(stopped, Stop(StopReason.BREAK, at))[1] == "RIP   00000000`00555000"
+    assert shown(stopped, Stop(StopReason.BREAK, at))[2] == "RIP   00000000`00555000"
     assert shown(stopped, Stop(StopReason.PAUSED)) == ["halted, core 1"]
 
 
@@ -218,11 +225,11 @@ def test_the_table_of_sums(stopped: Typist) -> None:
     )
     stopped.types("!msrwrite")
     assert summary_table(summary.rows(), stopped.debugger.events).splitlines()[:3] == [
-        "     MSR         stage  count  cores  first value       last value",
-        "      10  rdmsr  pre        1  0      -                 -",
-        "c0000082  wrmsr  pre        2  0 1    0000000000000001  0000000000000002",
+        "     MSR  name          stage  count  cores  first value       last value",
+        "      10  TSC    rdmsr  pre        1  0      -                 -",
+        "c0000082  LSTAR  wrmsr  pre        2  0 1    0000000000000001  0000000000000002",
     ]
     stopped.types("!msrwrite")
     assert summary_table(summary.rows(), stopped.debugger.events).splitlines()[3] == (
-        "1      c0000082  wrmsr  post   1,000  0      0000000000000000  00000000000003e7"
+        "1      c0000082  LSTAR  wrmsr  post   1,000  0      0000000000000000  00000000000003e7"
     )

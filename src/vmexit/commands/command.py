@@ -109,3 +109,7 @@ class Command(abc.ABC):
     def complete(self, session: Session, before: Sequence[str]) -> Iterable[str]:
         """What the next argument can be; ``before``: the arguments that are there already, in lower case."""
         return ()
+
+    def complete_word(self, session: Session, before: Sequence[str], word: str) -> Iterable[str]:
+        """The same, where there is more than anybody wants to see before the word has begun."""
+        return self.complete(session, before)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vmexit.commands.command import Arguments, did_you_mean, one_of
+from vmexit.commands.command import Arguments, one_of
 from vmexit.commands.session import Session
 from vmexit.console.tokens import Token, TokenKind
 from vmexit.errors import CommandError
@@ -28,6 +28,7 @@ _FILE = "file:"
 OFFERED = ("core", "imm", "log", "pid", "sc", "script", "stage")
 """Those that can be used yet."""
 ALL = (*_CHOICES, *_NUMBERS, *_BLOCKS, "asm", "log")
+TAKE_A_VALUE = (*_CHOICES, *_NUMBERS)
 
 USAGE = "[core CORE] [imm yes|no] [sc on|off] [stage pre|post|all] [pid all] [log] [script { SCRIPT }]"
 PARAMETERS = (
@@ -194,11 +195,6 @@ class _Parser:
             self._found.unavailable = self._arguments.error(message, first, until=last)
 
 
-def unknown(arguments: Arguments, token: Token, what: str) -> CommandError:
-    """The error for a word that is neither an option nor ``what`` the command takes besides."""
-    return arguments.error(f"'{token.text}' is neither {what} nor an option", token, hint=did_you_mean(token.lower, ALL))
-
-
 def compiled_script(session: Session, arguments: Arguments, options: EventOptions) -> CompiledScript | None:
     """The event's script, if it has one. Raises ScriptError for a wrong one, CommandError for a file that cannot be read."""
     block = options.script
@@ -233,6 +229,15 @@ def complete(session: Session, before: Sequence[str]) -> Iterable[str]:
     if last == "pid":
         return ["all"]
     return [option for option in OFFERED if option not in before]
+
+
+def others(before: Sequence[str]) -> list[str]:
+    """Which of these arguments, in lower case, are neither options nor their values."""
+    return [
+        word
+        for place, word in enumerate(before)
+        if word not in ALL and (place == 0 or before[place - 1] not in (*TAKE_A_VALUE, *_BLOCKS))
+    ]
 
 
 def description(options: EventOptions) -> str:

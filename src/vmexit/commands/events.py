@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from vmexit.commands import msr_sets
 from vmexit.commands.command import Arguments, Command, Info, did_you_mean
 from vmexit.commands.session import Session
 from vmexit.events.event import Event
@@ -18,7 +19,8 @@ class Events(Command):
         names=("events",),
         usage=("events", "events e|d|c NUMBER|all", "events sc on|off"),
         summary="list, enable, disable or clear events, or short-circuit once",
-        text="""Without arguments it lists the events: number, state, how often each was triggered, and the command that made it.
+        text="""Without arguments it lists the events: number, state, how often each was triggered, the command that
+made it, and what its MSRs are called.
 
 What is changed while the machine is halted holds from the next instruction on.""",
         parameters=(
@@ -101,6 +103,8 @@ def _table(session: Session) -> str:
     for event, count in zip(events, hits, strict=True):
         state = "(enabled) " if event.enabled else "(disabled)"
         unit = "hit " if count == "1" else "hits"
+        named = msr_sets.describe(event.msrs)
+        what = "" if named == str(event.msrs) else f"  // {named}"
         faults = f"  [{event.faults:,} run{'s' * (event.faults != 1)} ended by an error]" if event.faults else ""
-        lines.append(f"{event.number:<4x} {state}  {count:>{width}} {unit}  {' '.join(event.text.split())}{faults}")
+        lines.append(f"{event.number:<4x} {state}  {count:>{width}} {unit}  {' '.join(event.text.split())}{what}{faults}")
     return "\n".join(lines)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
-from vmexit.commands import event_options
+from vmexit.commands import event_options, msr_names, msr_sets
 from vmexit.commands.command import Arguments, Command, Info
 from vmexit.commands.session import Session
 from vmexit.events.event import Event
-from vmexit.events.msrs import LAST_MSR, UNNAMED_READS, UNNAMED_WRITES, MsrSet
+from vmexit.events.msrs import UNNAMED_READS, UNNAMED_WRITES, MsrSet
 from vmexit.link.wire import Access, Action
 
 _VERBS = {
@@ -47,22 +47,15 @@ class _MsrCommand(Command):
         session.emit(self._success(event, options))
 
     def _msrs(self, arguments: Arguments, options: event_options.EventOptions) -> MsrSet:
-        msr: int | None = None
-        for token in options.rest:
-            if token.kind is not token.kind.NUMBER:
-                raise event_options.unknown(arguments, token, "an MSR number")
-            if msr is not None:
-                raise arguments.error(
-                    "one command traps one MSR", token, hint="make another event for this one, or name none to trap all"
-                )
-            msr = arguments.number(token, "MSR number", LAST_MSR)
-        return MsrSet.all_but(self._UNNAMED) if msr is None else MsrSet.of(msr)
+        msrs = msr_sets.parse(arguments, options.rest, event_options.ALL)
+        return MsrSet.all_but(self._UNNAMED) if msrs is None else msrs
 
     def _success(self, event: Event, options: event_options.EventOptions) -> str:
         instruction = (self._ACCESS.name or "").lower()
         left_out = event.msrs.left_out
         verb = _VERBS[event.action]
-        text = f"event {event.number:x} {verb} each {instruction} of {'every MSR' if left_out else str(event.msrs)}"
+        msrs = "every MSR" if left_out else msr_sets.describe(event.msrs)
+        text = f"event {event.number:x} {verb} each {instruction} of {msrs}"
         text += f" ({event_options.description(options)})"
         if left_out:
             text += f"\nleft out, unless an event names them: {' '.join(f'{msr:x}' for msr in left_out)}"
@@ -71,12 +64,26 @@ class _MsrCommand(Command):
     def complete(self, session: Session, before: Sequence[str]) -> Iterable[str]:
         return event_options.complete(session, before)
 
+    def complete_word(self, session: Session, before: Sequence[str], word: str) -> Iterable[str]:
+        last = before[-1] if before else ""
+        if last == "=":  # behind the hyphen of a range
+            return msr_names.complete(word)
+        offered = self.complete(session, before)
+        if last in event_options.TAKE_A_VALUE or (event_options.others(before) and last[-1] not in ",-"):
+            return offered
+        return [*offered, *msr_names.complete(word)]
 
-_MSR = ("MSR", "The only MSR that is trapped; without it every MSR except those that are {verb} all the time: {unnamed}.")
+
+_MSRS = (
+    "MSRS",
+    "The MSRs that are trapped: a number or a name (LSTAR, IA32_LSTAR), a range (200-20f), or a list of these with commas "
+    "between them. What can be read as a number is one. Without MSRs every one except those that are {verb} all the time: "
+    "{unnamed}.",
+)
 
 
 def _parameters(verb: str, unnamed: tuple[int, ...]) -> tuple[tuple[str, str], ...]:
-    name, text = _MSR
+    name, text = _MSRS
     return (
         (name, text.format(verb=verb, unnamed=", ".join(f"{msr:x}" for msr in unnamed))),
         *event_options.PARAMETERS,
@@ -90,7 +97,7 @@ class MsrWrite(_MsrCommand):
     _UNNAMED = UNNAMED_WRITES
     INFO = Info(
         names=("!msrwrite",),
-        usage=(f"!msrwrite [MSR] {event_options.USAGE}",),
+        usage=(f"!msrwrite [MSRS] {event_options.USAGE}",),
         summary="trap the guest's writes to MSRs",
         text="""Makes an event that is triggered whenever the guest executes WRMSR. It holds from the next instruction on.
 
@@ -99,6 +106,7 @@ skips it. In stage post the write has been done.""",
         parameters=_parameters("written", UNNAMED_WRITES),
         examples=(
             ("!msrwrite c0000082", "halts the machine before each write to IA32_LSTAR"),
+            ("!msrwrite lstar,sysenter_eip", "halts it before writes to either of these"),
             ("!msrwrite log imm no", "prints the writes to all MSRs"),
             ("!msrwrite c0000082 script { print($value); }", "prints what is written to IA32_LSTAR"),
             ("!msrwrite 1a0 core 1 sc on log", "ignores what core 1 writes to IA32_MISC_ENABLE; prints it"),
@@ -113,7 +121,7 @@ class MsrRead(_MsrCommand):
     _UNNAMED = UNNAMED_READS
     INFO = Info(
         names=("!msrread",),
-        usage=(f"!msrread [MSR] {event_options.USAGE}",),
+        usage=(f"!msrread [MSRS] {event_options.USAGE}",),
         summary="trap the guest's reads of MSRs",
         text="""Makes an event that is triggered whenever the guest executes RDMSR. It holds from the next instruction on.
 

@@ -23,6 +23,7 @@ def _commands() -> tuple[Command, ...]:
     from vmexit.commands.leaving import Clear, Exit
     from vmexit.commands.memory import ShowMemory
     from vmexit.commands.msr import MsrRead, MsrWrite
+    from vmexit.commands.msr_explain import ExplainMsr
     from vmexit.commands.registers import Register
     from vmexit.commands.running import Go, Pause, Sleep
     from vmexit.commands.script_file import ScriptFile
@@ -32,6 +33,7 @@ def _commands() -> tuple[Command, ...]:
     return (
         MsrWrite(),
         MsrRead(),
+        ExplainMsr(),
         Events(),
         Go(),
         Pause(),

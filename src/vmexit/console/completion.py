@@ -1,4 +1,4 @@
-"""Completes what is being typed: commands, options, their values, numbers of events, names of registers."""
+"""Completes what is being typed: commands, options, their values, numbers of events, names of registers and MSRs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def candidates(session: Session, text: str) -> tuple[str, list[str]]:
         if command is None:
             return word, []
         *done, word = _IN_A_SUM.split(word)
-        found = command.complete(session, [*before[1:], *(["="] if done else [])])
+        found = command.complete_word(session, [*before[1:], *(["="] if done else [])], word)
     return word, [name for name in found if name.startswith(word.lower())]
 
 

@@ -8,7 +8,9 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
+from vmexit import msr
 from vmexit.commands.layout import address_text, code_place, instruction_at, instruction_text
+from vmexit.console.meaning import Meanings, has_value
 from vmexit.debugger import Debugger, Stop, StopReason
 from vmexit.errors import VmexitError
 from vmexit.events.table import EventTable
@@ -52,12 +54,15 @@ def _hex(values: npt.NDArray[np.unsignedinteger], size: int) -> _Bytes:
 
 
 class Columns:
-    """Traps as lines of fixed columns: time in seconds, core, stage, instruction, MSR, value, RIP, and whether it was skipped."""
+    """Traps as lines: in fixed columns time in seconds, core, stage, instruction, MSR, value and RIP; then whether it was
+    skipped, and what MSR and value mean.
+    """
 
     def __init__(self, started_ns: int | None = None, *, colour: bool = False) -> None:
         """``started_ns``: what time is counted from (Trap.time_ns); None: from the first trap."""
         self._started_ns = started_ns
         self._dim, self._mark, self._plain = (_DIM, _YELLOW, _PLAIN) if colour else ("", "", "")
+        self._meanings = Meanings()
 
     def heading(self) -> str:
         """What stands above the columns."""
@@ -70,10 +75,16 @@ class Columns:
         what = _WHAT[trap.stage, trap.access]
         mark = f"{self._mark}{_SHORT_CIRCUITED}{self._plain}" if trap.skipped else ""
         time = f"{self._dim}{time}{self._plain}"
-        return f"{time}  {trap.core:<{_CORE}x}  {what}  {trap.msr:08x}  {value_text(trap)}  {trap.rip:016x}{mark}"
+        meaning = self._meanings.of(trap)
+        last = f"{trap.rip:016x}{mark}{meaning and '  '}{meaning}"
+        return f"{time}  {trap.core:<{_CORE}x}  {what}  {trap.msr:08x}  {value_text(trap)}  {last}"
 
     def lines(self, records: Records) -> str:
-        """All of them, each with a newline at the end; some hundred nanoseconds a line."""
+        """All of them, each with a newline at the end.
+
+        Of many, a line takes some hundred nanoseconds (formatting each by itself takes twice as long at least), and some
+        microseconds where its value is another each time and has fields to be explained.
+        """
         count = len(records)
         if count < _FEW:
             return "".join(f"{self.line(trap)}\n" for trap in traps_of(records))
@@ -100,13 +111,15 @@ class Columns:
         if skipped.any():
             mark = _table([f"{self._mark}{_SHORT_CIRCUITED}{self._plain}"])
             parts.append(np.where(skipped[:, np.newaxis], mark, np.uint8(0)))
+        texts, text_of = self._meanings.of_all(records)
+        if width := max(map(len, texts)):
+            # What is shorter than the longest is filled up with NULs, which are taken out in the end.
+            parts.append(_table(f"  {text}".ljust(width + 2, "\0") if text else "\0" * (width + 2) for text in texts)[text_of])
         parts.append("\n")
         columns = [
             np.broadcast_to(_table([part]), (count, len(part))) if isinstance(part, str) else part for part in parts if len(part)
         ]
-        text = np.concatenate(columns, axis=1).tobytes()
-        # A line without the mark ends early.
-        return (text.translate(None, b"\0") if skipped.any() else text).decode("ascii")
+        return np.concatenate(columns, axis=1).tobytes().translate(None, b"\0").decode("ascii")
 
     def _start(self, first_ns: int) -> int:
         if self._started_ns is None:
@@ -132,14 +145,15 @@ class Columns:
 
 def value_text(trap: Trap) -> str:
     """EDX:EAX, unless it is what a read is about to replace."""
-    return _NO_VALUE if trap.access == Access.RDMSR and trap.stage == Stage.PRE else f"{trap.value:016x}"
+    return f"{trap.value:016x}" if has_value(trap.access, trap.stage) else _NO_VALUE
 
 
 def stop_text(debugger: Debugger, stop: Stop, syntax: Syntax, *, colour: bool = False) -> str:
     """Why the machine does not run any more and where it stands; called while it is halted at that stop."""
     bold, plain = (_BOLD, _PLAIN) if colour else ("", "")
     if stop.trap is not None:
-        return f"{bold}{_break_heading(stop.trap)}{plain}\n{_break_place(debugger, stop.trap, syntax)}"
+        parts = _break_heading(stop.trap), _break_meaning(stop.trap), _break_place(debugger, stop.trap, syntax)
+        return "\n".join((f"{bold}{parts[0]}{plain}", *filter(None, parts[1:])))
     if stop.reason is StopReason.ENDED:
         return f"{bold}{exit_text(stop.exit_status)}{plain}"
     if stop.reason is StopReason.PAUSED:
@@ -157,6 +171,14 @@ def _break_heading(trap: Trap) -> str:
         f"event {trap.event:x} triggered ({_STAGES[trap.stage]}) on core {trap.core:x}: "
         f"{_ACCESSES[trap.access]}, MSR {trap.msr:x}, value {value_text(trap).strip()}{mark}"
     )
+
+
+def _break_meaning(trap: Trap) -> str:
+    """Which MSR it is, and what its value says; "" where nothing is known of it."""
+    found = msr.find(trap.msr)
+    if found is None:
+        return ""
+    return f"MSR   {found.explain(trap.value) if has_value(trap.access, trap.stage) else found.name}"
 
 
 def _break_place(debugger: Debugger, trap: Trap, syntax: Syntax) -> str:
@@ -224,13 +246,13 @@ def error_text(error: VmexitError, place: str = "", *, colour: bool = False) -> 
 def summary_table(rows: Iterable[MsrSummary], events: EventTable) -> str:
     """A row for each event and MSR: how often, by which cores, first and last value. One event is not named."""
     first = 0 if len(events) > 1 else 1
-    table = [("event", "MSR", "", "stage", "count", "cores", "first value", "last value")[first:]]
+    table = [("event", "MSR", "name", "", "stage", "count", "cores", "first value", "last value")[first:]]
+    meanings = Meanings()
     for row in rows:
         cores = " ".join(f"{core:x}" for core in sorted(row.cores))
-        read_later = row.access == Access.RDMSR and row.stage == Stage.PRE
-        values = ("-", "-") if read_later else (f"{row.first:016x}", f"{row.last:016x}")
-        named = (f"{row.event:x}", f"{row.msr:x}", _ACCESSES[row.access], _STAGES[row.stage], f"{row.count:,}", cores, *values)
-        table.append(named[first:])
+        values = (f"{row.first:016x}", f"{row.last:016x}") if has_value(row.access, row.stage) else ("-", "-")
+        what = (f"{row.msr:x}", meanings.name(row.msr), _ACCESSES[row.access], _STAGES[row.stage])
+        table.append((f"{row.event:x}", *what, f"{row.count:,}", cores, *values)[first:])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     right = {"MSR", "count"}
     names = table[0]

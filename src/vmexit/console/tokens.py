@@ -70,6 +70,16 @@ def tokenize(line: str) -> list[Token]:
     return _Tokenizer(line).run()
 
 
+def words_of(words: Iterable[str]) -> list[Token]:
+    """Words that a shell has cut already, as the tokens of a line in which one space stands between them."""
+    tokens, at = [], 0
+    for word in words:
+        kind = TokenKind.WORD if parse_number(word) is None else TokenKind.NUMBER
+        tokens.append(Token(kind, word, at, at + len(word)))
+        at += len(word) + 1
+    return tokens
+
+
 class _Next:
     """Finds where a pattern occurs next.
 

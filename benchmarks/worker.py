@@ -145,6 +145,45 @@ def recorded(count: int, _: list[str]) -> Sample:
     return _attached(loop.arguments, loop.check_end, set_up)
 
 
+def script(count: int, _: list[str]) -> Sample:
+    """A script that compares the MSR and counts."""
+    loop = Loop(count)
+
+    def set_up(debugger: Debugger) -> Callable[[], int]:
+        event = debugger.on_msr_write(EVERY_MSR, script=f"if (@rcx == {MSR:#x}) {{ .cnt = .cnt + 1; }}")
+
+        def check() -> int:
+            loop.check_seen(int(debugger.evaluate("print(.cnt);"), 16))
+            if event.faults:
+                raise BenchmarkError(f"{event.faults} runs of the script were ended")
+            return count
+
+        return check
+
+    return _attached(loop.arguments, loop.check_end, set_up)
+
+
+def printf(count: int, _: list[str]) -> Sample:
+    """A script that prints each write into a file, by the command line; from the start of vmexit to its end."""
+    loop = Loop(count)
+    command = f'!msrwrite {MSR:x} imm no script {{ printf("%llx %llx\\n", $msr, $value); }}'
+    with tempfile.TemporaryFile() as file:
+        with stopwatch() as seconds:
+            done = subprocess.run(
+                [sys.executable, "-m", "vmexit", "run", "--batch", "-x", command, "--", *loop.arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.PIPE,
+                check=False,
+            )
+        file.seek(0)
+        lines = file.read().decode(errors="replace").splitlines()
+    loop.check_end(done.returncode, "\n".join(lines[-2:]))
+    values = [int(line.split()[1], 16) & 0xFFFF_FFFF for line in lines if line.startswith(f"{MSR:x} ")]
+    loop.check_seen(len(values), sum(values))
+    return Sample(count, seconds[0], vmm_cpu_seconds=children_cpu_seconds())
+
+
 def callback(count: int, _: list[str]) -> Sample:
     """A Python callback that looks at MSR and value of each write."""
     loop = Loop(count)
@@ -257,6 +296,8 @@ RUNNERS: dict[str, Callable[[int, list[str]], Sample]] = {
     "plain": plain,
     "other": other_msr,
     "recorded": recorded,
+    "script": script,
+    "printf": printf,
     "callback": callback,
     "gdb": gdb,
     "unicorn": unicorn,

@@ -22,7 +22,7 @@ from vmexit.folders import cache_folder
 from vmexit.guest.linux.profile import Profile
 from vmexit.guest.symbols import Symbols
 
-_FORMAT = 1
+_FORMAT = 2
 """To be raised whenever what is kept, or what it means, changes."""
 _MOST_KERNELS = 16
 """That are looked at; the newest."""

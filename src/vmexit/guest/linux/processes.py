@@ -92,7 +92,7 @@ class Tasks:
         if not paging.is_long_mode(registers["cr0"], registers["efer"]):
             return None
         kernel, other = registers["gs_base"], registers["kernel_gs_base"]
-        found = {*bases} & ({other} if registers["cs"] & 3 else {kernel, other})
+        found = {base for base in bases if base} & ({other} if registers["cs"] & 3 else {kernel, other})
         known = self._bases.get(core)
         if known is not None:
             return known if known in found else None

@@ -34,9 +34,11 @@ _WANTED: Mapping[str, tuple[str, ...]] = {
     "module": (
         *("state", "list", "name", "kallsyms"),
         *("core_layout.base|mem.base", "core_layout.size|mem.size"),
+        *("arch.num_orcs", "arch.orc_unwind_ip", "arch.orc_unwind"),
     ),
     "mod_kallsyms": ("symtab", "num_symtab", "strtab", "typetab"),
     _PERCPU_HOT: ("current_task",),
+    "orc_entry": ("end",),
 }
 _SIZES = ("task_struct", "module")
 

@@ -12,7 +12,6 @@ import enum
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from vmexit.guest.linux.image import LINKED_AT
 from vmexit.guest.linux.profile import Profile, ProfileError
 from vmexit.guest.linux.slide import KERNEL_MAP
 from vmexit.guest.memory import UnreadableError, VirtualMemory
@@ -25,7 +24,9 @@ HIGHEST_PID = 4 << 20
 """PID_MAX_LIMIT."""
 COMM_LENGTH = 16
 """TASK_COMM_LEN."""
+_IMAGE_SPACE = 1 << 30
 _MOST_CPUS = 8192
+_MASK64 = (1 << 64) - 1
 CPU = "cpu"
 """The value that a recipe begins with: the base of the vCPU's per-CPU area."""
 
@@ -59,7 +60,7 @@ class Recipe:
     """From a vCPU's registers to its task."""
 
     bases: tuple[int, ...]
-    """Of the per-CPU areas, by the number that Linux gives a CPU (which need not be the vCPU's)."""
+    """Of the per-CPU areas, by the number that Linux gives a CPU (which need not be the vCPU's); 0: there is no such CPU."""
     steps: tuple[Step, ...]
 
 
@@ -88,17 +89,25 @@ def make_recipe(profile: Profile, slide: int, memory: VirtualMemory) -> Recipe:
         Step("comm", "task", profile.offset("task_struct.comm"), COMM_LENGTH),
         Step("mm", "task", profile.offset("task_struct.mm"), 8, Check.KERNEL_POINTER_OR_NULL),
     ]
-    return Recipe(_bases(profile, slide, memory), tuple(steps))
+    return Recipe(_bases(profile, slide, memory, steps[0].offset), tuple(steps))
 
 
-def _bases(profile: Profile, slide: int, memory: VirtualMemory) -> tuple[int, ...]:
-    """The kernel's own table of per-CPU areas. Before they are set up, all entries are the same."""
+def _bases(profile: Profile, slide: int, memory: VirtualMemory, self_at: int) -> tuple[int, ...]:
+    """The kernel's own table of per-CPU areas; 0 for a CPU that there cannot be.
+
+    While it boots the kernel begins with one area that is part of its image, or at 0, and then makes them one after the other:
+    all of them have to be there, each with its own base in it.
+    """
+    image = range(KERNEL_MAP, KERNEL_MAP + _IMAGE_SPACE)
     try:
-        count = memory.u32(profile.address("nr_cpu_ids") + slide)
-        bases = memory.words(profile.address("__per_cpu_offset") + slide, min(count, _MOST_CPUS))
+        count = min(memory.u32(profile.address("nr_cpu_ids") + slide), _MOST_CPUS)
+        table = memory.words(profile.address("__per_cpu_offset") + slide, count)
+        mask = memory.words(profile.address("__cpu_possible_mask") + slide, -(-count // 64))
+        bases = tuple(base if mask[cpu // 64] >> cpu % 64 & 1 else 0 for cpu, base in enumerate(table))
+        ready = all(base not in image and memory.u64(base + self_at & _MASK64) == base for base in bases if base)
     except UnreadableError:
-        raise ProfileError("the kernel's per-CPU areas cannot be read") from None
-    if not bases or 0 in bases or len(set(bases)) < len(bases) or bases[0] == LINKED_AT + slide:
+        ready, bases = False, ()
+    if not ready or not any(bases):
         raise ProfileError("the kernel has not set up its per-CPU areas yet")
     return bases
 
@@ -112,7 +121,7 @@ def follow(recipe: Recipe, base: int, read: Callable[[int, int], bytes]) -> Mapp
     found: dict[str, int | bytes] = {}
     for step in recipe.steps:
         try:
-            data = read(numbers[step.source] + step.offset & (1 << 64) - 1, step.size)
+            data = read(numbers[step.source] + step.offset & _MASK64, step.size)
         except UnreadableError:
             return None
         if step.size > 8:

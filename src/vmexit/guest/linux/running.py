@@ -17,6 +17,7 @@ _KERNEL_NAMES = frozenset({KERNEL, "nt", "vmlinux"})
 """What may stand before the ! of a symbol of the kernel's own; "nt" is what people type who know Windows."""
 
 
+_CODE = (("_stext", "_etext"), ("_sinittext", "_einittext"))
 _MOST_PLACES = 1 << 16
 
 
@@ -32,6 +33,11 @@ class Linux:
         self.tasks = Tasks(profile, placement.slide, memory)
         self._end = (profile.symbols.find("_end") or 0) + self.slide
         self._start = (profile.symbols.find("_text") or 0) + self.slide
+        self._code = [
+            (start + self.slide, end + self.slide)
+            for first, last in _CODE
+            if (start := profile.symbols.find(first)) is not None and (end := profile.symbols.find(last)) is not None
+        ]
         self._places: dict[int, Place] = {}
         self._modules: list[Module] | None = None
         self._module_bases: list[int] = []
@@ -99,12 +105,23 @@ class Linux:
         place = self._places[address] = Place(found[0], found[1], KERNEL)
         return place
 
-    def _in_module(self, address: int) -> Place | None:
+    def module_at(self, address: int) -> Module | None:
+        """The module whose code or data an address is."""
         modules = self.modules
         index = bisect_right(self._module_bases, address) - 1
         if index < 0 or address >= modules[index].base + modules[index].size:
             return None
-        module = modules[index]
+        return modules[index]
+
+    def is_code(self, address: int) -> bool:
+        """Whether it can be the address of an instruction of the kernel's or of a module's."""
+        in_kernel = any(start <= address < end for start, end in self._code)
+        return in_kernel or self.module_at(address) is not None
+
+    def _in_module(self, address: int) -> Place | None:
+        module = self.module_at(address)
+        if module is None:
+            return None
         found = self.module_symbols(module).at(address)
         # A symbol below the module is none of its code: an absolute one.
         if found is None or address - found[1] < module.base:

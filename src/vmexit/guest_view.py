@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from vmexit.guest.linux.cache import Cache
 from vmexit.guest.linux.processes import Task
+from vmexit.guest.linux.recipe import is_kernel_pointer
 from vmexit.guest.linux.recognise import Help, NotRecognisedError, Recognised, recognise
 from vmexit.guest.linux.running import Linux
 from vmexit.guest.linux.stack import Frame, Stacks
@@ -138,6 +139,22 @@ class GuestView:
             return None
 
     # ---- what is asked most ----
+
+    def read_kernel(self, address: int, length: int) -> bytes | None:
+        """The kernel's memory by its own page tables, where the guest is known already: a program's may leave it out."""
+        if self._found is None or not is_kernel_pointer(address & ~7):
+            return None
+        try:
+            return self.linux.memory.read(address, length)
+        except (NotRecognisedError, UnreadableError):
+            return None
+
+    def label(self, address: int) -> str | None:
+        """The name of an address where the guest is known already; nothing is searched for that alone."""
+        if self._found is None:
+            return None
+        place = self.name_of(address)
+        return str(place) if place else None
 
     def name_of(self, address: int) -> Place | None:
         """What lies at an address: "native_write_msr+0x4 [kernel]". None: nothing that is known."""

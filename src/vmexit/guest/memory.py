@@ -45,7 +45,8 @@ class PhysicalMemory:
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
-        self._pages: dict[int, bytes] = {}
+        self._pages: dict[int, bytes | None] = {}
+        """None: there is no such page."""
 
     def forget(self) -> None:
         """The machine has run: nothing that was read is true any more."""
@@ -53,15 +54,21 @@ class PhysicalMemory:
 
     def page(self, number: int) -> bytes:
         """The page of that number. Raises UnreadableError."""
-        page = self._pages.get(number)
-        if page is None:
+        page = self._pages.get(number, b"")
+        if page == b"":
             if len(self._pages) >= _MOST_PAGES:
                 self._pages.clear()
-            page = self._machine.read_physical(number * PAGE, PAGE)
-            if len(page) != PAGE:
-                raise UnreadableError(number * PAGE)
-            self._pages[number] = page
+            page = self._pages[number] = self._read(number)
+        if page is None:
+            raise UnreadableError(number * PAGE)
         return page
+
+    def _read(self, number: int) -> bytes | None:
+        try:
+            page = self._machine.read_physical(number * PAGE, PAGE)
+        except UnreadableError:
+            return None
+        return page if len(page) == PAGE else None
 
     def read(self, address: int, length: int) -> bytes:
         """So many bytes. Raises UnreadableError."""

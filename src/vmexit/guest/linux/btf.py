@@ -274,7 +274,7 @@ class Btf:
                     number = found.target
                 case Kind.ARRAY:
                     number, _, count = self.array(found)
-                    after = f"[{count}]{after}"
+                    after = f" ({after.strip()})[{count}]" if after.startswith(" *") else f"{after}[{count}]"
                 case kind if kind in _QUALIFIERS:
                     before += _QUALIFIERS[kind]
                     number = found.target

@@ -69,7 +69,8 @@ class Cache:
             head = json.loads(path.read_text("utf-8"))
             if head["format"] != _FORMAT:
                 return None
-            with np.load(path.with_suffix(".npz"), allow_pickle=False) as arrays:
+            # numpy would not close a damaged file.
+            with path.with_suffix(".npz").open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 addresses = arrays["addresses"].astype(np.uint64)
                 names = arrays["names"].tobytes().decode("utf-8").split("\0")
                 kinds = arrays["kinds"].tobytes().decode("latin-1")

@@ -146,7 +146,10 @@ def _unpack_lz4(packed: bytes, size: int) -> bytes:
         if at + 4 > len(packed):
             raise ImageError("the kernel in this bzImage is cut off")
         (length,) = struct.unpack_from("<I", packed, at)
-        block = lz4.block.decompress(packed[at + 4 : at + 4 + length], uncompressed_size=min(_LZ4_LEGACY_BLOCK, size - done))
+        try:
+            block = lz4.block.decompress(packed[at + 4 : at + 4 + length], uncompressed_size=min(_LZ4_LEGACY_BLOCK, size - done))
+        except lz4.block.LZ4BlockError as error:
+            raise ImageError(f"the kernel in this bzImage cannot be unpacked: {error}") from None
         if not block:
             raise ImageError("the kernel in this bzImage is damaged")
         blocks.append(block)
@@ -174,7 +177,7 @@ def _parse_elf(content: bytes) -> Image:
         _, machine, _, _, segments, _, _, _, size, count = _ELF_HEADER.unpack_from(content)
         if machine != _X86_64:
             raise ImageError("this kernel is not for x86-64")
-        if size != _SEGMENT.size or count > 64:
+        if size != _SEGMENT.size or count > 64 or segments + count * size > len(content):
             raise ImageError("this vmlinux is damaged")
         table = [_SEGMENT.unpack_from(content, segments + index * size) for index in range(count)]
     except struct.error:

@@ -13,6 +13,7 @@ from vmexit.errors import VmexitError
 from vmexit.guest.linux.btf import Btf, BtfError, Kind
 from vmexit.guest.linux.image import LINKED_AT, Image
 from vmexit.guest.linux.kallsyms import read_symbols
+from vmexit.guest.memory import printable
 from vmexit.guest.symbols import Symbols
 
 BANNER_LENGTH = 512
@@ -64,6 +65,11 @@ class Profile:
         """What uname -r says: "6.1.0-56-cloud-amd64"."""
         match = _RELEASE.match(self.banner)
         return match[1].decode("ascii") if match else "of an unknown release"
+
+    @property
+    def version(self) -> str:
+        """What uname -v says, and more: the banner behind the release."""
+        return printable(self.banner.partition(b"#")[2]) if b"#" in self.banner else "not known"
 
     @cached_property
     def btf(self) -> Btf:

@@ -22,7 +22,13 @@ _MAP_BANNER = b"Linux version "
 
 
 class NotRecognisedError(VmexitError):
-    """The guest is nothing that is known here, or not yet; the text says why."""
+    """The guest is nothing that is known here, or not yet; ``reason`` says why."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the guest is not known: {reason}")
+
+    remarks: tuple[str, ...] = ()
+    """What was wrong with the help that was given; a line each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +75,11 @@ class _Search:
     def run(self) -> Recognised:
         if not paging.is_long_mode(self._registers["cr0"], self._registers["efer"]):
             raise NotRecognisedError("the guest's firmware or an early kernel: not in 64-bit mode yet, or a 32-bit system")
-        found = self._by_image() or self._by_map() or self._by_cache() or self._by_memory()
-        linux, source = found
+        try:
+            linux, source = self._by_image() or self._by_map() or self._by_cache() or self._by_memory()
+        except NotRecognisedError as error:
+            error.remarks = tuple(self._remarks)
+            raise
         return Recognised(linux, source, tuple(self._remarks))
 
     def _by_image(self) -> tuple[Linux, str] | None:

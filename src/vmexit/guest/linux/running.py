@@ -43,6 +43,11 @@ class Linux:
         self._module_bases: list[int] = []
         self._module_symbols: dict[Module, Symbols] = {}
 
+    @property
+    def extent(self) -> tuple[int, int]:
+        """Where the kernel's image begins and ends."""
+        return self._start, self._end
+
     def forget(self) -> None:
         """The machine has run, or somebody has changed its memory."""
         self.memory.forget()

@@ -44,8 +44,8 @@ def test_help_for_guest(booted: Typist, tmp_path: Path) -> None:
     assert booted.types(f'guest image "{tmp_path}/my kernel"').split("\n")[1] == f"from     {tmp_path}/my kernel"
     shown = booted.types(f"guest map {tmp_path}/System.map")
     assert f"from     {tmp_path}/my kernel" in shown  # which goes first, and is right
-    shown = booted.types("guest image /bin/sh").split("\n")
-    assert shown[0] == LINE and shown[-2:] == [
+    lines = booted.types("guest image /bin/sh").split("\n")
+    assert lines[0] == LINE and lines[-2:] == [
         "note: /bin/sh is of no use: there is no kernel in this ELF file",
         f"note: {tmp_path}/System.map is of no use: this is no System.map of an x86-64 kernel",
     ]

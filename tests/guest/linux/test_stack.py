@@ -9,7 +9,7 @@ import pytest
 
 from tests.guest.linux.fake_linux import FakeLinux
 from vmexit.guest.linux.running import Linux
-from vmexit.guest.linux.stack import MOST_FRAMES, Frame, Stacks
+from vmexit.guest.linux.stack import _NUMBERINGS, MOST_FRAMES, Frame, Stacks
 
 Attach = Callable[[FakeLinux], Linux]
 BP, SP, R10, BP_INDIRECT, SP_INDIRECT = 4, 5, 6, 8, 9
@@ -25,6 +25,7 @@ class Orc:
         self.guest = FakeLinux()
         self.linux = attach(self.guest)
         self.stacks = Stacks(self.linux)
+        numbers = {way: {meaning: number for number, meaning in numbering.items()} for way, numbering in _NUMBERINGS.items()}
         places = self.guest.allocate(4 * len(entries))
         table = self.guest.allocate(6 * len(entries))
         for index, (offset, kind, sp, sp_offset, bp, bp_offset) in enumerate(entries):
@@ -33,10 +34,12 @@ class Orc:
             self.guest.write(at, struct.pack("<i", offset - 4 * index))
             number = (END, CALL, REGS, IRET).index(kind) + 1 if is_wide else (CALL, REGS, IRET, END).index(kind)
             bits = number << 8 if is_wide else (1 << 10 if kind == END else number << 8)
+            sp, bp = (numbers[3 if is_wide else 5][register] for register in (sp, bp))
             self.guest.write(table + 6 * index, struct.pack("<hhH", sp_offset, bp_offset, sp | bp << 4 | bits))
         self.code = places
         self.stacks._table = (places, table, len(entries))
         self.stacks._has_wide_type = is_wide
+        self.stacks._numbering = _NUMBERINGS[3 if is_wide else 5]
         self.linux._code = [(places, places + 0x10_0000)]
         self.stack = self.guest.allocate(0x8000) + 0x3FFF & ~0x3FFF
 

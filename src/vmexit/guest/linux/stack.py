@@ -23,6 +23,13 @@ _MOST_ENTRIES = 1 << 24
 # struct orc_entry: two offsets, then 4 bits for each of two registers, then what differs by kernel.
 _ENTRY = struct.Struct("<hhH")
 _UNDEFINED, _PREV_SP, _DX, _DI, _BP, _SP, _R10, _R13, _BP_INDIRECT, _SP_INDIRECT = range(10)
+# Kernels number them in two ways. At the first instruction of a function RSP before the call is RSP and 8, so what stands for RSP
+# there tells which: 5, or, seen in 7.3, 3. (Which number RDI has in the second way was not seen, so it has none.)
+_NUMBERINGS: Mapping[int, Mapping[int, int]] = {
+    5: {number: number for number in range(10)},
+    3: {0: _UNDEFINED, 2: _DX, 3: _SP, 4: _BP, 6: _R10, 7: _R13, 8: _PREV_SP, 9: _SP_INDIRECT, 10: _BP_INDIRECT},
+}
+_FUNCTIONS = ("schedule", "native_write_msr", "kmem_cache_alloc")
 _REGISTERS = {_DX: "rdx", _DI: "rdi", _R10: "r10", _R13: "r13"}
 
 # struct pt_regs: where registers lie in it; its last five words are what the processor itself has pushed.
@@ -75,6 +82,7 @@ class Stacks:
             self._table = start + linux.slide, entries + linux.slide, (stop - start) // 4
         # From Linux 6.4 on the end of a stack is a type, and the type has three bits.
         self._has_wide_type = "orc_entry.end" not in linux.profile.offsets
+        self._numbering: Mapping[int, int] = {}
 
     def frames(self, registers: Mapping[str, int]) -> Iterator[Frame]:
         """The frames of what a vCPU executes, the innermost first; a program's code is one frame."""
@@ -148,11 +156,25 @@ class Stacks:
         return state.registers[name]
 
     def _find(self, ip: int) -> _Entry | None:
-        """The entry for an instruction: the last whose address is not above it."""
+        """The entry for an instruction: the last whose address is not above it. Raises UnreadableError, ProfileError."""
         module = self._linux.module_at(ip)
         table = self._module_table(module.address) if module else self._table
         if table is None:
             return None
+        data = self._lookup(table, ip)
+        return self._entry(data) if data and (self._numbering or self._choose_numbering()) else None
+
+    def _choose_numbering(self) -> bool:
+        for name in _FUNCTIONS:
+            address = self._linux.profile.symbols.find(name)
+            data = self._lookup(self._table, address + self._linux.slide) if address and self._table else None
+            if data:
+                self._numbering = _NUMBERINGS.get(data[4] & 15, {})
+                return bool(self._numbering)
+        return False
+
+    def _lookup(self, table: tuple[int, int, int], ip: int) -> bytes | None:
+        """The entry for an instruction as it lies in memory."""
         places, entries, count = table
         low, high = 0, count
         while low < high:
@@ -165,16 +187,16 @@ class Stacks:
                 high = middle
         if low == 0:
             return None
-        return self._entry(self._memory.read(entries + (low - 1) * _ENTRY.size, _ENTRY.size))
+        return self._memory.read(entries + (low - 1) * _ENTRY.size, _ENTRY.size)
 
     def _entry(self, data: bytes) -> _Entry | None:
         sp_offset, bp_offset, rest = _ENTRY.unpack(data)
-        sp_register, bp_register = rest & 15, rest >> 4 & 15
+        sp_register, bp_register = self._numbering.get(rest & 15, -1), self._numbering.get(rest >> 4 & 15, -1)
         if self._has_wide_type:
             kind = ("", "end", "call", "regs", "iret", "", "", "")[rest >> 8 & 7]
         else:
             kind = "end" if rest >> 10 & 1 else ("call", "regs", "iret", "")[rest >> 8 & 3]
-        if not kind or (sp_register == _UNDEFINED and kind != "end"):
+        if kind != "end" and (not kind or sp_register in (-1, _UNDEFINED) or bp_register == -1):
             return None
         return _Entry(sp_offset, bp_offset, sp_register, bp_register, kind)
 

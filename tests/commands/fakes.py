@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from pathlib import Path
 from typing import cast
 
 import numpy as np
 
+from tests.guest.linux.fake_linux import FakeLinux
 from vmexit.commands import registry
 from vmexit.commands.session import Session
 from vmexit.debugger import Debugger
 from vmexit.errors import CommandError, TargetError
+from vmexit.guest.linux.cache import Cache
+from vmexit.guest_view import GuestView
 from vmexit.link import wire
 from vmexit.link.client import Link, RequestError
 from vmexit.link.rings import Records, joined
@@ -231,6 +236,14 @@ class FakeDriver:
         self.done.append("clear")
 
 
+@functools.cache
+def linux_guest() -> FakeLinux:
+    """A made-up Linux with a module; not to be changed."""
+    guest = FakeLinux()
+    guest.add_module(b"msr", ["msr_open", "msr_write"])
+    return guest
+
+
 class Typist:
     """Somebody who types commands into a session on a fake machine."""
 
@@ -266,6 +279,16 @@ class Typist:
         """Gives registers values."""
         for name, value in registers.items():
             self.link.values[core][constant(name.upper())] = value
+
+    def boot(self, guest: FakeLinux, cache: Path | None = None) -> None:
+        """Makes the guest's memory and registers those of a Linux. ``cache``: what is kept of it, by default nothing."""
+        for number, page in guest.pages.items():
+            self.link.pages[True, number] = bytes(page)
+            for virtual in guest.virtual(number * PAGE):
+                self.link.pages[False, virtual // PAGE] = bytes(page)
+        for core, registers in enumerate(guest.cores):
+            self.put(core, **registers)
+        self.session.guest = GuestView(self.debugger, cache=Cache(cache or Path("/dev/null/nowhere")))
 
     def map(self, address: int, data: bytes, *, physical: bool = False) -> None:
         """Makes memory from a page's start on; the rest of the last page is 0."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands.fakes import Typist
+from tests.commands.fakes import Typist, linux_guest
 from vmexit.commands import registry
 from vmexit.debugger import Overflow
 from vmexit.errors import TargetError
@@ -120,6 +120,7 @@ def test_help_explains_every_command(typist: Typist, name: str) -> None:
 def test_the_examples_in_the_help_texts_work(
     typist: Typist, example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    typist.boot(linux_guest())
     typist.types("!msrwrite 1")
     typist.target.is_at_trap = True
     typist.map(0, b"\x90" * 0x1000)

@@ -110,7 +110,7 @@ def test_a_part_leaves_the_rest(loaded: Typist) -> None:
         ("r rax = 5 +", "a number or register is missing", 11, 1),
         ("r rax = 5 5", "a + or - is missing before this", 10, 1),
         ("r rax = 5 = 5", "there is nothing to assign to here", 10, 1),
-        ("r rax = xyz", "'xyz' is neither a number nor a register", 8, 3),
+        ("r rax = xyz", "'xyz' is neither a number nor a register, nor a symbol that is known", 8, 3),
         ("r rax = @5", "'@5' is no register", 8, 2),
         ("r al = 100", "al holds 8 bits; 0x100 does not fit", 7, 3),
         ("r zf = 1+1", "zf holds 1 bit; 0x2 does not fit", 7, 3),

@@ -30,6 +30,7 @@ Without an address it begins at RIP, and goes on from there when it is repeated.
         examples=(
             ("u", "what comes next"),
             ("u rsp l 20", "32 bytes where RSP points"),
+            ("u native_write_msr", "a function of the guest's kernel"),
             ("!u16 ffff0", "physical memory as 16-bit code"),
         ),
         halted=True,
@@ -50,10 +51,11 @@ Without an address it begins at RIP, and goes on from there when it is repeated.
                     raise arguments.missing(f"'{arguments.name}' needs an address")
                 address = here
         length = min(place.length or _LENGTH, LAST_ADDRESS + 1 - address)
-        data = read_up_to(session.debugger, address, length + LONGEST_INSTRUCTION - 1, physical=physical)
+        data = read_up_to(session.debugger, address, length + LONGEST_INSTRUCTION - 1, physical=physical, guest=session.guest)
         if not data:
             raise not_readable(arguments, place, address, physical)
-        lines, next_address = [], address
+        label = None if physical else session.guest.label(address)
+        lines, next_address = [f"{label}:"] if label else [], address
         for instruction in disassemble(data, address, mode, session.settings.syntax):
             if instruction.address >= address + length:
                 break

@@ -1,4 +1,4 @@
-"""Addresses and values as sums of numbers and registers: ``rsp+20``, ``@rip - 0n16``, ``fffff800`3ad6f010``."""
+"""Addresses and values as sums of numbers, registers and symbols: ``rsp+20``, ``@rip - 0n16``, ``schedule+4``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from vmexit.errors import CommandError
 from vmexit.guest import registers as register_names
 
 _PIECE = re.compile(r"[-+=]|[^-+=\s]+")
+
+_NOTHING = "neither a number nor a register, nor a symbol that is known"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +38,13 @@ def pieces_of(line: str, tokens: Sequence[Token]) -> list[Piece]:
     return pieces
 
 
-def evaluate(line: str, pieces: Sequence[Piece], registers: Callable[[], Mapping[str, int]]) -> int:
+def evaluate(
+    line: str, pieces: Sequence[Piece], registers: Callable[[], Mapping[str, int]], symbols: Callable[[str], int | None]
+) -> int:
     """The value of one or more pieces, which may be negative or have more than 64 bits; the caller knows what fits.
 
-    A word that is a number is one; ``@`` makes it a register in any case. ``registers`` is only called where one is named.
+    A word that is a number is one; ``@`` makes it a register in any case. A word that is neither is a symbol of the guest's, as
+    is one with ``!`` in it. ``registers`` is only called where one is named, ``symbols`` (None: there is none) likewise.
     """
     total, sign, wants_term = 0, 1, True
     for piece in pieces:
@@ -52,7 +57,7 @@ def evaluate(line: str, pieces: Sequence[Piece], registers: Callable[[], Mapping
         elif not wants_term:
             raise CommandError("a + or - is missing before this", line, piece.start, piece.end)
         else:
-            total += sign * _term(line, piece, registers)
+            total += sign * _term(line, piece, registers, symbols)
             sign, wants_term = 1, False
     if wants_term:
         end = pieces[-1].end if pieces else len(line)
@@ -60,14 +65,17 @@ def evaluate(line: str, pieces: Sequence[Piece], registers: Callable[[], Mapping
     return total
 
 
-def _term(line: str, piece: Piece, registers: Callable[[], Mapping[str, int]]) -> int:
+def _term(line: str, piece: Piece, registers: Callable[[], Mapping[str, int]], symbols: Callable[[str], int | None]) -> int:
     name = piece.text.removeprefix("@")
     if name == piece.text:
         number = parse_number(name)
         if number is not None:
             return number
     if name.lower() not in register_names.ALL:
-        raise unknown_register(line, piece, "neither a number nor a register" if name == piece.text else "no register")
+        address = symbols(name) if name == piece.text else None
+        if address is not None:
+            return address
+        raise unknown_register(line, piece, _NOTHING if name == piece.text else "no register")
     return registers()[name.lower()]
 
 

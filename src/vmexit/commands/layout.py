@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from vmexit.debugger import Debugger
 from vmexit.errors import VmexitError
 from vmexit.guest.disassembly import LONGEST_INSTRUCTION, Instruction, Mode, Syntax, disassemble, mode_of
+from vmexit.guest_view import GuestView
 from vmexit.link.client import RequestError
 from vmexit.link.wire import Status
 from vmexit.trap import Registers
@@ -53,10 +54,11 @@ def code_place(registers: Registers) -> tuple[int, Mode]:
     return registers["rip"], mode
 
 
-def read_up_to(debugger: Debugger, address: int, length: int, *, physical: bool = False) -> bytes:
+def read_up_to(debugger: Debugger, address: int, length: int, *, physical: bool = False, guest: GuestView | None = None) -> bytes:
     """What can be read of so many bytes: all of it, or what lies before the first page that is not there.
 
-    Raises VmexitErrors other than that a page is not there.
+    ``guest``: what is not mapped on the current core is looked for in the address space of the guest's kernel. Raises
+    VmexitErrors other than that a page is not there.
     """
     length = min(length, LAST_ADDRESS + 1 - address)
     data = b""
@@ -68,7 +70,10 @@ def read_up_to(debugger: Debugger, address: int, length: int, *, physical: bool 
         except RequestError as error:
             if error.status != Status.UNREADABLE:
                 raise
-            break
+            found = guest.read_kernel(start, size) if guest is not None and not physical else None
+            if found is None:
+                break
+            data += found
     return data
 
 

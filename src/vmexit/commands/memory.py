@@ -19,7 +19,10 @@ _LENGTH = 0x80
 _UNITS = {"db": 1, "dc": 4, "dw": 2, "dd": 4, "dq": 8}
 
 PLACE_PARAMETERS = (
-    ("ADDRESS", "A hexadecimal number, a register, or a sum or difference of these: rsp+20."),
+    (
+        "ADDRESS",
+        "A hexadecimal number, a register, a symbol of the guest's, or a sum or difference of these: rsp+20, schedule+8.",
+    ),
     ("l LENGTH", "So many bytes, hexadecimal; at most 100000."),
 )
 
@@ -52,7 +55,9 @@ def parse_place(session: Session, arguments: Arguments) -> Place:
         raise _leftover(arguments, process)
     if not split:
         return Place(None, length, ())
-    value = evaluate(arguments.line, pieces_of(arguments.line, tokens[:split]), session.debugger.registers)
+    value = evaluate(
+        arguments.line, pieces_of(arguments.line, tokens[:split]), session.debugger.registers, session.guest.address_of
+    )
     return Place(value & LAST_ADDRESS, length, tokens[:split])
 
 
@@ -113,7 +118,7 @@ Without an address it goes on where the last one of them ended.""",
             raise arguments.missing(f"'{arguments.name}' needs an address")
         # Whole units, of which the first ends within the address space.
         length = min(-(-(place.length or _LENGTH) // unit) * unit, LAST_ADDRESS + 1 - address)
-        data = read_up_to(session.debugger, address, length, physical=physical)
+        data = read_up_to(session.debugger, address, length, physical=physical, guest=session.guest)
         lines = list(dump_lines(data, address, unit, characters=style in ("db", "dc")))
         if not lines:
             raise not_readable(arguments, place, address + len(data), physical)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from vmexit.commands.command import Arguments, Command, Info
 from vmexit.commands.expression import Piece, evaluate, pieces_of, unknown_register
@@ -41,8 +41,8 @@ In stage pre of a trap, ECX and EDX:EAX are what the instruction will use; in st
             ),
             (
                 "VALUE",
-                "A hexadecimal number, a register, or a sum or difference of these. A word that is a number is one: write @af "
-                "for the flag.",
+                "A hexadecimal number, a register, a symbol of the guest's, or a sum or difference of these. A word that is a "
+                "number is one: write @af for the flag.",
             ),
         ),
         examples=(
@@ -65,14 +65,21 @@ In stage pre of a trap, ECX and EDX:EAX are what the instruction will use; in st
             raise unknown_register(arguments.line, name)
         registers = session.debugger.registers()
         if rest:
-            self._assign(arguments.line, registers, register, rest)
+            self._assign(arguments.line, registers, register, rest, session.guest.address_of)
         session.emit(f"{register.name}={registers[register.name]:0{_digits(register)}x}")
 
-    def _assign(self, line: str, registers: Registers, register: register_names.Register, rest: Sequence[Piece]) -> None:
+    def _assign(
+        self,
+        line: str,
+        registers: Registers,
+        register: register_names.Register,
+        rest: Sequence[Piece],
+        symbols: Callable[[str], int | None],
+    ) -> None:
         equals = rest[0]
         if equals.text != "=":
             raise _error(line, f"after a register comes '=' or nothing, not '{equals.text}'", rest[:1])
-        value = evaluate(line, rest[1:], lambda: registers)
+        value = evaluate(line, rest[1:], lambda: registers, symbols)
         try:
             # Counting down from 0 goes round, whatever the register's width.
             registers[register.name] = value if value >= 0 else value & ((1 << register.bits) - 1)

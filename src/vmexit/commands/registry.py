@@ -19,6 +19,7 @@ def _commands() -> tuple[Command, ...]:
     from vmexit.commands.disassemble import Disassemble
     from vmexit.commands.evaluate import Evaluate, Print
     from vmexit.commands.events import Events
+    from vmexit.commands.guest import Guest
     from vmexit.commands.help import Help
     from vmexit.commands.leaving import Clear, Exit
     from vmexit.commands.memory import ShowMemory
@@ -28,7 +29,11 @@ def _commands() -> tuple[Command, ...]:
     from vmexit.commands.running import Go, Pause, Sleep
     from vmexit.commands.script_file import ScriptFile
     from vmexit.commands.settings import ChangeSettings
+    from vmexit.commands.stack import Stack
     from vmexit.commands.status import Status
+    from vmexit.commands.symbols import Examine, Modules
+    from vmexit.commands.tasks import Process, Processes, Thread
+    from vmexit.commands.types import ShowType
 
     return (
         MsrWrite(),
@@ -42,6 +47,14 @@ def _commands() -> tuple[Command, ...]:
         Register(),
         Disassemble(),
         ShowMemory(),
+        Guest(),
+        Processes(),
+        Process(),
+        Thread(),
+        Stack(),
+        Modules(),
+        Examine(),
+        ShowType(),
         Core(),
         Status(),
         ChangeSettings(),

@@ -10,6 +10,7 @@ from vmexit.commands.command import Arguments
 from vmexit.debugger import Debugger, State
 from vmexit.errors import TargetError
 from vmexit.guest.disassembly import Syntax
+from vmexit.guest_view import GuestView
 
 
 class Driver(Protocol):
@@ -51,10 +52,15 @@ class Session:
     """How many files of commands are being carried out, one called by the other."""
     is_over: bool = False
     """The session ends once the command is done."""
+    guest: GuestView = field(init=False)
+    """What the debugger knows of its guest."""
     next_data: dict[bool, int] = field(default_factory=dict)
     """Where ``db`` and its kin go on: by whether that is a physical address."""
     next_code: dict[bool, tuple[object, int]] = field(default_factory=dict)
     """Where ``u`` goes on, and what the machine was stopped at when it was there."""
+
+    def __post_init__(self) -> None:
+        self.guest = GuestView(self.debugger)
 
     def check_halted(self, arguments: Arguments) -> None:
         """Raises where the command needs a halted machine and has none."""

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from vmexit.errors import VmexitError
+from vmexit.folders import cache_folder as users_cache
 
 METAPACKAGE = "linux-image-cloud-amd64"
 VARIABLE = "VMEXIT_KERNEL"
@@ -85,10 +86,7 @@ def cached_kernel() -> Kernel | None:
 
 def cache_folder() -> Path:
     """Return the folder that holds one folder a kernel, named by its package's version; it need not exist."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG Base Directory Specification: a relative path is to be ignored.
-    cache = Path(base) if base.startswith("/") else Path.home() / ".cache"
-    return cache / "vmexit" / "kernel"
+    return users_cache() / "kernel"
 
 
 def read_release(image: Path) -> str:

@@ -1,0 +1,1 @@
+"""Linux in the guest: its kernel image, symbols, types, processes and modules."""

@@ -1,0 +1,245 @@
+"""Who called whom on a vCPU's kernel stack.
+
+Where the kernel has ORC tables (CONFIG_UNWINDER_ORC, every distribution's choice) the walk is the kernel's own and exact
+(Documentation/arch/x86/orc-unwinder.rst, struct orc_entry in arch/x86/include/asm/orc_types.h). Where it has none, or its walk
+comes to nothing, what is left is a guess: every word of the stack that points right behind a call instruction.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from vmexit.guest.linux.processes import THREAD_SIZE
+from vmexit.guest.linux.profile import ProfileError
+from vmexit.guest.linux.recipe import is_kernel_pointer
+from vmexit.guest.linux.running import Linux
+from vmexit.guest.memory import PAGE, UnreadableError
+
+MOST_FRAMES = 128
+_MOST_ENTRIES = 1 << 24
+
+# struct orc_entry: two offsets, then 4 bits for each of two registers, then what differs by kernel.
+_ENTRY = struct.Struct("<hhH")
+_UNDEFINED, _PREV_SP, _DX, _DI, _BP, _SP, _R10, _R13, _BP_INDIRECT, _SP_INDIRECT = range(10)
+# Kernels number them in two ways. At the first instruction of a function RSP before the call is RSP and 8, so what stands for RSP
+# there tells which: 5, or, seen in 7.3, 3. (Which number RDI has in the second way was not seen, so it has none.)
+_NUMBERINGS: Mapping[int, Mapping[int, int]] = {
+    5: {number: number for number in range(10)},
+    3: {0: _UNDEFINED, 2: _DX, 3: _SP, 4: _BP, 6: _R10, 7: _R13, 8: _PREV_SP, 9: _SP_INDIRECT, 10: _BP_INDIRECT},
+}
+_FUNCTIONS = ("schedule", "native_write_msr", "kmem_cache_alloc")
+_REGISTERS = {_DX: "rdx", _DI: "rdi", _R10: "r10", _R13: "r13"}
+
+# struct pt_regs: where registers lie in it; its last five words are what the processor itself has pushed.
+_PT_REGS = {"r13": 0x10, "rbp": 0x20, "r10": 0x38, "rdx": 0x60, "rdi": 0x70}
+_PT_RIP, _PT_CS, _PT_RSP = 0x80, 0x88, 0x98
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One function on the stack. ``address``: where it goes on, or is now; ``stack``: RSP there."""
+
+    address: int
+    stack: int
+    is_guess: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    sp_offset: int
+    bp_offset: int
+    sp_register: int
+    bp_register: int
+    kind: str
+    """"call", "regs", "iret" or "end"."""
+
+
+@dataclass(slots=True)
+class _State:
+    """As the kernel's struct unwind_state. ``registers``: those that are known beside RIP, RSP and RBP."""
+
+    ip: int
+    sp: int
+    bp: int
+    is_exact: bool
+    """``ip`` is an instruction that was interrupted, not one that a call returns to."""
+    registers: Mapping[str, int]
+
+
+class Stacks:
+    """The stacks of one running kernel."""
+
+    def __init__(self, linux: Linux) -> None:
+        self._linux = linux
+        self._memory = linux.memory
+        symbols = linux.profile.symbols
+        names = ("__start_orc_unwind_ip", "__stop_orc_unwind_ip", "__start_orc_unwind")
+        start, stop, entries = (symbols.find(name) for name in names)
+        self._table: tuple[int, int, int] | None = None
+        if start is not None and stop is not None and entries is not None and 0 < stop - start < 4 * _MOST_ENTRIES:
+            self._table = start + linux.slide, entries + linux.slide, (stop - start) // 4
+        # From Linux 6.4 on the end of a stack is a type, and the type has three bits.
+        self._has_wide_type = "orc_entry.end" not in linux.profile.offsets
+        self._numbering: Mapping[int, int] = {}
+
+    def frames(self, registers: Mapping[str, int]) -> Iterator[Frame]:
+        """The frames of what a vCPU executes, the innermost first; a program's code is one frame."""
+        yield Frame(registers["rip"], registers["rsp"])
+        if registers["cs"] & 3:
+            return
+        state = _State(registers["rip"], registers["rsp"], registers["rbp"], True, registers)
+        for _ in range(MOST_FRAMES):
+            try:
+                following = self._step(state)
+            except (UnreadableError, ProfileError):
+                yield from self._guesses(state.sp)
+                return
+            if following is None:
+                return
+            state = following
+            yield Frame(state.ip, state.sp)
+
+    # ---- ORC ----
+
+    def _step(self, state: _State) -> _State | None:
+        """The caller; None: there is none in the kernel. Raises UnreadableError where it cannot be known."""
+        entry = self._find(state.ip if state.is_exact else state.ip - 1)
+        if entry is None:
+            raise UnreadableError(state.ip)
+        if entry.kind == "end":
+            return None
+        sp = self._previous_sp(entry, state)
+        read = self._memory.u64
+        registers: Mapping[str, int] = {}
+        bp = state.bp
+        match entry.kind:
+            case "call":
+                ip, next_sp, is_exact = read(sp - 8), sp, False
+                # A stack is unwound upwards; where an interrupt has its own, there is one step to another.
+                if next_sp <= state.sp and next_sp // THREAD_SIZE == state.sp // THREAD_SIZE:
+                    raise UnreadableError(sp)
+            case "regs":
+                if read(sp + _PT_CS) & 3:
+                    return None
+                ip, next_sp, is_exact = read(sp + _PT_RIP), read(sp + _PT_RSP), True
+                registers = {name: read(sp + offset) for name, offset in _PT_REGS.items()}
+                bp = registers["rbp"]
+            case _:
+                # Only what the processor has pushed: RIP, CS, RFLAGS, RSP, SS.
+                if read(sp + 8) & 3:
+                    return None
+                ip, next_sp, is_exact = read(sp), read(sp + 24), True
+        if entry.bp_register == _PREV_SP:
+            bp = read(sp + entry.bp_offset)
+        elif entry.bp_register == _BP:
+            bp = read(state.bp + entry.bp_offset)
+        if not self._linux.is_code(ip):
+            raise UnreadableError(ip)
+        return _State(ip, next_sp, bp, is_exact, registers)
+
+    def _previous_sp(self, entry: _Entry, state: _State) -> int:
+        """RSP before the call or interrupt that made this frame."""
+        register, offset = entry.sp_register, entry.sp_offset
+        if register == _SP:
+            return state.sp + offset
+        if register == _BP:
+            return state.bp + offset
+        if register == _SP_INDIRECT:
+            return self._memory.u64(state.sp) + offset
+        if register == _BP_INDIRECT:
+            return self._memory.u64(state.bp + offset)
+        name = _REGISTERS.get(register, "")
+        if name not in state.registers:
+            raise UnreadableError(state.sp)
+        return state.registers[name]
+
+    def _find(self, ip: int) -> _Entry | None:
+        """The entry for an instruction: the last whose address is not above it. Raises UnreadableError, ProfileError."""
+        module = self._linux.module_at(ip)
+        table = self._module_table(module.address) if module else self._table
+        if table is None:
+            return None
+        data = self._lookup(table, ip)
+        return self._entry(data) if data and (self._numbering or self._choose_numbering()) else None
+
+    def _choose_numbering(self) -> bool:
+        for name in _FUNCTIONS:
+            address = self._linux.profile.symbols.find(name)
+            data = self._lookup(self._table, address + self._linux.slide) if address and self._table else None
+            if data:
+                self._numbering = _NUMBERINGS.get(data[4] & 15, {})
+                return bool(self._numbering)
+        return False
+
+    def _lookup(self, table: tuple[int, int, int], ip: int) -> bytes | None:
+        """The entry for an instruction as it lies in memory."""
+        places, entries, count = table
+        low, high = 0, count
+        while low < high:
+            middle = (low + high) // 2
+            at = places + middle * 4
+            # Each counts from its own place.
+            if at + _signed32(self._memory.u32(at)) <= ip:
+                low = middle + 1
+            else:
+                high = middle
+        if low == 0:
+            return None
+        return self._memory.read(entries + (low - 1) * _ENTRY.size, _ENTRY.size)
+
+    def _entry(self, data: bytes) -> _Entry | None:
+        sp_offset, bp_offset, rest = _ENTRY.unpack(data)
+        sp_register, bp_register = self._numbering.get(rest & 15, -1), self._numbering.get(rest >> 4 & 15, -1)
+        if self._has_wide_type:
+            kind = ("", "end", "call", "regs", "iret", "", "", "")[rest >> 8 & 7]
+        else:
+            kind = "end" if rest >> 10 & 1 else ("call", "regs", "iret", "")[rest >> 8 & 3]
+        if kind != "end" and (not kind or sp_register in (-1, _UNDEFINED) or bp_register == -1):
+            return None
+        return _Entry(sp_offset, bp_offset, sp_register, bp_register, kind)
+
+    def _module_table(self, module: int) -> tuple[int, int, int] | None:
+        count, places, entries = (
+            self._linux.profile.offset(f"module.arch.{name}") for name in ("num_orcs", "orc_unwind_ip", "orc_unwind")
+        )
+        number = self._memory.u32(module + count)
+        if not 0 < number < _MOST_ENTRIES:
+            return None
+        return self._memory.u64(module + places), self._memory.u64(module + entries), number
+
+    # ---- guesses ----
+
+    def _guesses(self, sp: int) -> Iterator[Frame]:
+        """What looks like a return address, from there to the end of the stack."""
+        if not is_kernel_pointer(sp):
+            return
+        # Kernel stacks are aligned to their size.
+        end = (sp | THREAD_SIZE - 1) + 1
+        found = 0
+        for page in range(sp, end, PAGE):
+            try:
+                words = self._memory.words(page, min(PAGE, end - page) // 8)
+            except UnreadableError:
+                return
+            for index, word in enumerate(words):
+                if self._linux.is_code(word) and self._is_behind_call(word):
+                    yield Frame(word, page + index * 8 + 8, is_guess=True)
+                    found += 1
+                    if found == MOST_FRAMES:
+                        return
+
+    def _is_behind_call(self, address: int) -> bool:
+        try:
+            code = self._memory.read(address - 7, 7)
+        except UnreadableError:
+            return False
+        if code[2] == 0xE8:
+            return True
+        # FF /2 with a register or memory operand, in each of the lengths that it has.
+        return any(code[7 - length] == 0xFF and code[8 - length] >> 3 & 7 == 2 for length in (2, 3, 4, 6, 7))
+
+
+def _signed32(value: int) -> int:
+    return value - (1 << 32) if value >> 31 else value

@@ -1,0 +1,181 @@
+"""What a debugger knows of its guest: recognised when it is first asked for, and again when another has taken its place."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from vmexit.guest.linux.cache import Cache
+from vmexit.guest.linux.processes import Task
+from vmexit.guest.linux.recipe import is_kernel_pointer
+from vmexit.guest.linux.recognise import Help, NotRecognisedError, Recognised, recognise
+from vmexit.guest.linux.running import Linux
+from vmexit.guest.linux.stack import Frame, Stacks
+from vmexit.guest.memory import UnreadableError
+from vmexit.guest.symbols import Place
+from vmexit.link.client import RequestError
+from vmexit.link.wire import Status
+
+if TYPE_CHECKING:
+    from vmexit.debugger import Debugger
+
+_PLAIN_SYMBOL = re.compile(r"[A-Za-z_.$?!*\[\]][\w.$!*?\[\]-]*")
+
+
+class DebuggedMachine:
+    """A debugger's machine as vmexit.guest reads it (guest.memory.Machine)."""
+
+    def __init__(self, debugger: Debugger) -> None:
+        self._debugger = debugger
+        self.reader = 0
+        """The vCPU that reads physical memory: any of a halted machine, otherwise one that waits."""
+
+    @property
+    def vcpus(self) -> int:
+        """How many there are."""
+        return self._debugger.target.vcpus
+
+    def registers(self, core: int) -> Mapping[str, int]:
+        """A vCPU's registers."""
+        return self._debugger.registers(core)
+
+    def read_physical(self, address: int, length: int) -> bytes:
+        """Physical memory. Raises UnreadableError, and LinkError where the machine runs or is gone."""
+        try:
+            return self._debugger.read_memory(self.reader, address, length, physical=True)
+        except RequestError as error:
+            if error.status != Status.UNREADABLE:
+                raise
+            raise UnreadableError(address) from None
+
+
+class GuestView:
+    """The guest of one debugger. To be asked while the machine is halted, or by a callback, for its own vCPU."""
+
+    def __init__(self, debugger: Debugger, *, given: Help | None = None, cache: Cache | None = None) -> None:
+        """``given``: what helps to recognise it; ``cache``: by default the user's own."""
+        self._debugger = debugger
+        self._machine = DebuggedMachine(debugger)
+        self._cache = Cache() if cache is None else cache
+        self._given = given or Help()
+        self._found: Recognised | None = None
+        self._failed: NotRecognisedError | None = None
+        self._stop: object = None
+        self._stacks: Stacks | None = None
+
+    @property
+    def given(self) -> Help:
+        """What the user has given to help."""
+        return self._given
+
+    @given.setter
+    def given(self, given: Help) -> None:
+        self._given = given
+        self.reset()
+
+    def reset(self) -> None:
+        """Another system may be running now: it is recognised anew when it is next asked for."""
+        self._found = self._failed = self._stacks = None
+
+    def forget(self) -> None:
+        """Memory has changed: nothing of it that was read before counts any more."""
+        self._stop = None
+        if self._found is not None:
+            self._found.linux.forget()
+
+    def at_trap(self, core: int) -> None:
+        """A callback is about to ask, while its vCPU waits and the others run: what was read before counts no more."""
+        self.forget()
+        self._machine.reader = core
+
+    def _core(self, core: int | None) -> int:
+        """The vCPU that is meant: of a halted machine any, else the one that waits."""
+        if core is not None:
+            return core
+        return self._machine.reader if self._debugger.stop is None else self._debugger.core
+
+    def recognise(self, core: int | None = None, *, lstar: int | None = None) -> Recognised:
+        """Recognises the guest anew, by the vCPU ``core``. Raises NotRecognisedError, LinkError.
+
+        ``lstar``: what the guest has just given, or is about to give, IA32_LSTAR; its kernel is complete by then.
+        """
+        self.reset()
+        self._stop = self._debugger.stop
+        try:
+            self._found = recognise(self._machine, self._core(core), given=self._given, lstar=lstar, cache=self._cache)
+        except NotRecognisedError as error:
+            self._failed = error
+            raise
+        self._stacks = Stacks(self._found.linux)
+        return self._found
+
+    @property
+    def recognised(self) -> Recognised:
+        """What runs now. Raises NotRecognisedError, which says why nothing is known, and LinkError where the machine is gone."""
+        is_new = self._stop is None or self._stop is not self._debugger.stop
+        self._stop = self._debugger.stop
+        if self._found is not None:
+            if not is_new:
+                return self._found
+            self._found.linux.forget()
+            if self._found.linux.is_still_there():
+                return self._found
+        elif self._failed is not None and not is_new:
+            raise self._failed
+        return self.recognise()
+
+    @property
+    def linux(self) -> Linux:
+        """The Linux that runs now. Raises as ``recognised`` does."""
+        return self.recognised.linux
+
+    @property
+    def known(self) -> Linux | None:
+        """The same, or None where nothing is known. Raises LinkError."""
+        try:
+            return self.linux
+        except NotRecognisedError:
+            return None
+
+    # ---- what is asked most ----
+
+    def read_kernel(self, address: int, length: int) -> bytes | None:
+        """The kernel's memory by its own page tables, where the guest is known already: a program's may leave it out."""
+        if self._found is None or not is_kernel_pointer(address & ~7):
+            return None
+        try:
+            return self.linux.memory.read(address, length)
+        except (NotRecognisedError, UnreadableError):
+            return None
+
+    def label(self, address: int) -> str | None:
+        """The name of an address where the guest is known already; nothing is searched for that alone."""
+        if self._found is None:
+            return None
+        place = self.name_of(address)
+        return str(place) if place else None
+
+    def name_of(self, address: int) -> Place | None:
+        """What lies at an address: "native_write_msr+0x4 [kernel]". None: nothing that is known."""
+        linux = self.known
+        return linux.name_of(address) if linux else None
+
+    def address_of(self, name: str) -> int | None:
+        """Of a symbol: "schedule", "kernel!schedule", "nt!schedule", "msr!msr_write"; None: nothing that is known."""
+        if not _PLAIN_SYMBOL.fullmatch(name):
+            return None
+        linux = self.known
+        return linux.address_of(name) if linux else None
+
+    def current(self, core: int | None = None) -> Task | None:
+        """The thread that a vCPU (by default the current one) executes; None: not known."""
+        linux = self.known
+        core = self._core(core)
+        return linux.current(core, self._machine.registers(core)) if linux else None
+
+    def frames(self, core: int | None = None) -> list[Frame]:
+        """Who called whom on a vCPU. Raises NotRecognisedError."""
+        self.linux  # noqa: B018 - it may have to be recognised anew
+        assert self._stacks is not None
+        return list(self._stacks.frames(self._machine.registers(self._core(core))))

@@ -1,0 +1,174 @@
+"""Stacks, by ORC tables that the tests write and by guessing."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from tests.guest.linux.fake_linux import FakeLinux
+from vmexit.guest.linux.running import Linux
+from vmexit.guest.linux.stack import _NUMBERINGS, MOST_FRAMES, Frame, Stacks
+
+Attach = Callable[[FakeLinux], Linux]
+BP, SP, R10, BP_INDIRECT, SP_INDIRECT = 4, 5, 6, 8, 9
+CALL, REGS, IRET, END = "call", "regs", "iret", "end"
+Entry = tuple[int, str, int, int, int, int]
+"""Offset of the code, kind, register of RSP and its offset, register of RBP and its offset."""
+
+
+class Orc:
+    """A guest whose kernel has ORC tables."""
+
+    def __init__(self, attach: Attach, entries: Sequence[Entry], *, is_wide: bool = False) -> None:
+        self.guest = FakeLinux()
+        self.linux = attach(self.guest)
+        self.stacks = Stacks(self.linux)
+        numbers = {way: {meaning: number for number, meaning in numbering.items()} for way, numbering in _NUMBERINGS.items()}
+        places = self.guest.allocate(4 * len(entries))
+        table = self.guest.allocate(6 * len(entries))
+        for index, (offset, kind, sp, sp_offset, bp, bp_offset) in enumerate(entries):
+            at = places + 4 * index
+            # The made-up tables are too far from the code for 32 bits, so the code is told to be near them.
+            self.guest.write(at, struct.pack("<i", offset - 4 * index))
+            number = (END, CALL, REGS, IRET).index(kind) + 1 if is_wide else (CALL, REGS, IRET, END).index(kind)
+            bits = number << 8 if is_wide else (1 << 10 if kind == END else number << 8)
+            sp, bp = (numbers[3 if is_wide else 5][register] for register in (sp, bp))
+            self.guest.write(table + 6 * index, struct.pack("<hhH", sp_offset, bp_offset, sp | bp << 4 | bits))
+        self.code = places
+        self.stacks._table = (places, table, len(entries))
+        self.stacks._has_wide_type = is_wide
+        self.stacks._numbering = _NUMBERINGS[3 if is_wide else 5]
+        self.linux._code = [(places, places + 0x10_0000)]
+        self.stack = self.guest.allocate(0x8000) + 0x3FFF & ~0x3FFF
+
+    def frames(self, offset: int, words: dict[int, int], **registers: int) -> list[Frame]:
+        """From the code at ``offset``, with RSP at the stack's 0x1000th byte and these words on it."""
+        for at, value in words.items():
+            self.guest.u64(self.stack + at, value)
+        self.linux.forget()
+        found = {"rip": self.code + offset, "rsp": self.stack + 0x1000, "rbp": 0, "cs": 0x10, **registers}
+        return list(self.stacks.frames(found))
+
+    def offsets(self, frames: Sequence[Frame]) -> list[tuple[int, int]]:
+        return [(frame.address - self.code, frame.stack - self.stack) for frame in frames]
+
+
+BASIC: list[Entry] = [
+    (0x1000, CALL, SP, 8, 0, 0),
+    (0x1010, CALL, SP, 24, 1, -16),
+    (0x2000, CALL, BP, 16, 1, -16),
+    (0x3000, END, 0, 0, 0, 0),
+    (0x4000, REGS, SP, 8, 0, 0),
+    (0x5000, IRET, SP, 0, 0, 0),
+    (0x6000, CALL, SP_INDIRECT, 8, 0, 0),
+    (0x7000, CALL, BP_INDIRECT, -8, 0, 0),
+    (0x8000, CALL, R10, 0, 0, 0),
+]
+
+
+@pytest.mark.parametrize("is_wide", [False, True])
+def test_calls(attach: Attach, is_wide: bool) -> None:
+    orc = Orc(attach, BASIC, is_wide=is_wide)
+    code, stack = orc.code, orc.stack
+    words = {
+        0x1000: stack + 0x1100,  # RBP that 1010 has saved
+        0x1010: code + 0x2008,
+        0x1100: 0,
+        0x1108: code + 0x3008,
+    }
+    frames = orc.frames(0x1014, words)
+    # 1014 has pushed two words; 2008 goes by RBP; 3008 is where the kernel was entered.
+    assert orc.offsets(frames)[:2] == [(0x1014, 0x1000), (0x2008, 0x1018)]
+    words[0x1008] = stack + 0x1100
+    assert orc.offsets(orc.frames(0x1014, words)) == [(0x1014, 0x1000), (0x2008, 0x1018), (0x3008, 0x1110)]
+    assert not any(frame.is_guess for frame in orc.frames(0x1014, words))
+
+
+@pytest.mark.parametrize("is_wide", [False, True])
+def test_an_interrupt(attach: Attach, is_wide: bool) -> None:
+    orc = Orc(attach, BASIC, is_wide=is_wide)
+    code, stack = orc.code, orc.stack
+    words = {
+        0x1000: code + 0x4008,  # the handler returns into the entry code, whose pt_regs begin 8 bytes on
+        0x1010 + 0x20: stack + 0x1300,  # RBP
+        0x1010 + 0x80: code + 0x2000,  # an instruction, not where a call returns to
+        0x1010 + 0x88: 0x10,
+        0x1010 + 0x98: stack + 0x1200,
+        0x1308: code + 0x3004,
+    }
+    assert orc.offsets(orc.frames(0x1004, words)) == [(0x1004, 0x1000), (0x4008, 0x1008), (0x2000, 0x1200), (0x3004, 0x1310)]
+    # It has interrupted a program: there is nothing more of the kernel's.
+    words[0x1010 + 0x88] = 0x33
+    assert orc.offsets(orc.frames(0x1004, words)) == [(0x1004, 0x1000), (0x4008, 0x1008)]
+
+
+def test_what_the_processor_alone_has_pushed(attach: Attach) -> None:
+    orc = Orc(attach, BASIC)
+    words = {0x1000: orc.code + 0x1000, 0x1008: 0x10, 0x1018: orc.stack + 0x1400, 0x1400: orc.code + 0x3004}
+    assert orc.offsets(orc.frames(0x5000, words)) == [(0x5000, 0x1000), (0x1000, 0x1400), (0x3004, 0x1408)]
+    words[0x1008] = 0x33
+    assert orc.offsets(orc.frames(0x5000, words)) == [(0x5000, 0x1000)]
+
+
+def test_stacks_of_interrupts(attach: Attach) -> None:
+    """RSP before lies on the stack itself, or where RBP points to; that may be another stack, below this one."""
+    orc = Orc(attach, BASIC)
+    low = orc.stack - 0x4000 + 0x800
+    orc.guest.u64(low, orc.code + 0x3004)
+    assert orc.frames(0x6000, {0x1000: low})[1:] == [Frame(orc.code + 0x3004, low + 8)]
+    words = {0x1208 - 16: orc.stack + 0x1300, 0x1300 - 8: orc.code + 0x3004}
+    assert orc.offsets(orc.frames(0x7000, words, rbp=orc.stack + 0x1200))[1:] == [(0x3004, 0x1300)]
+
+
+def test_registers_that_only_the_first_frame_has(attach: Attach) -> None:
+    orc = Orc(attach, BASIC)
+    words = {0x1400 - 8: orc.code + 0x3004}
+    assert orc.offsets(orc.frames(0x8000, words, r10=orc.stack + 0x1400))[1:] == [(0x3004, 0x1400)]
+    assert orc.offsets(orc.frames(0x8000, words)) == [(0x8000, 0x1000)]
+
+
+def test_stacks_that_lie_end(attach: Attach) -> None:
+    loop: list[Entry] = [(0x1000, CALL, SP, 8, 0, 0), (0x2000, CALL, SP, 0, 0, 0), (0x3000, CALL, SP_INDIRECT, 8, 0, 0)]
+    orc = Orc(attach, loop)
+    # Each call returns to the same place; the stack's end is what ends it.
+    words = {0x1000 + 8 * index: orc.code + 0x1004 for index in range(0x600)}
+    assert len(orc.frames(0x1004, words)) == MOST_FRAMES + 1
+    # A frame that does not go up.
+    assert orc.offsets(orc.frames(0x2004, {0xFF8: orc.code + 0x2004}))[0] == (0x2004, 0x1000)
+    # Two stacks that point at each other.
+    other = orc.stack + 0x4000
+    orc.guest.u64(other, orc.stack + 0x1000 - 8)
+    assert len(orc.frames(0x3004, {0x1000: other - 8, 0xFF8: orc.code + 0x3004})) <= 2 * MOST_FRAMES + 1
+
+
+def test_a_program_is_one_frame(attach: Attach) -> None:
+    orc = Orc(attach, BASIC)
+    assert orc.offsets(orc.frames(0x1004, {}, cs=0x33)) == [(0x1004, 0x1000)]
+
+
+def test_guesses(attach: Attach) -> None:
+    guest = FakeLinux()
+    linux = attach(guest)
+    registers = guest.registers(0)
+    frames = list(Stacks(linux).frames(registers))
+    # Without ORC tables; the made-up task has one word on its stack that points behind a call.
+    assert [(frame.address, frame.is_guess) for frame in frames] == [
+        (guest.address(0x2002), False),
+        (guest.address(0x3005), True),
+    ]
+    assert frames[1].stack == registers["rsp"] + 0x48
+    guest.write(guest.address(0x3010), b"\xff\xd0\xff\x14\x25\0\0\0\0\x41\xff\x52\x08\x90")
+    for offset, target in ((0x3F48, 0x3012), (0x3F50, 0x3019), (0x3F58, 0x301D), (0x3F68, 0x3500)):
+        guest.u64(registers["rsp"] - 0x3F00 + offset, guest.address(target))
+    linux.forget()
+    found = [frame.address for frame in Stacks(linux).frames(registers)][2:]
+    assert found == [guest.address(0x3012), guest.address(0x3019), guest.address(0x301D)]
+
+
+@pytest.mark.parametrize("rsp", [0, 8, 0x7FFF_FFFF_FFF8, 0xFFFF_8880_7000_0000, (1 << 64) - 8, 0xFFFF_8880_0060_0001])
+def test_a_stack_that_is_nowhere(attach: Attach, rsp: int) -> None:
+    guest = FakeLinux()
+    registers = {**guest.registers(0), "rsp": rsp}
+    assert list(Stacks(attach(guest)).frames(registers)) == [Frame(registers["rip"], rsp)]

@@ -1,0 +1,79 @@
+"""Tables of symbols."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vmexit.guest.symbols import Place, Symbol, Symbols
+
+ROWS = [
+    (0x1000, "T", "start"),
+    (0x1000, "t", "alias"),
+    (0x1010, "t", "sys_read"),
+    (0x1040, "D", "Sys_table"),
+    (0x2000, "t", "alias"),
+]
+
+
+def table(rows: list[tuple[int, str, str]]) -> Symbols:
+    return Symbols.of(np.array([row[0] for row in rows], np.uint64), [row[2] for row in rows], "".join(row[1] for row in rows))
+
+
+@pytest.mark.parametrize(
+    ("address", "wanted"),
+    [
+        (0xFFF, None),
+        (0x1000, ("start", 0)),
+        (0x100F, ("start", 0xF)),
+        (0x1010, ("sys_read", 0)),
+        (0x5000, ("alias", 0x3000)),
+        ((1 << 64) - 1, ("alias", (1 << 64) - 1 - 0x2000)),
+    ],
+)
+def test_what_lies_at_an_address(address: int, wanted: tuple[str, int] | None) -> None:
+    assert table(ROWS).at(address) == wanted
+
+
+def test_symbols_in_any_order() -> None:
+    symbols = table(ROWS[::-1])
+    assert [symbol.address for symbol in symbols] == sorted(row[0] for row in ROWS)
+    assert symbols.at(0x1020) == ("sys_read", 0x10)
+    assert list(symbols)[2] == Symbol("sys_read", 0x1010, "t")
+
+
+def test_names() -> None:
+    symbols = table(ROWS)
+    assert symbols.find("sys_read") == 0x1010
+    assert symbols.find("alias") == 0x1000  # the lowest of several
+    assert symbols.find("read") is None
+    assert "start" in symbols and "end" not in symbols and len(symbols) == 5
+
+
+@pytest.mark.parametrize(
+    ("pattern", "wanted"),
+    [
+        ("sys*", ["sys_read", "Sys_table"]),
+        ("s??_r*", ["sys_read"]),
+        ("[as]*", ["start", "alias", "sys_read", "Sys_table", "alias"]),
+        ("alias", ["alias", "alias"]),
+        ("sys", []),
+        ("", []),
+    ],
+)
+def test_patterns(pattern: str, wanted: list[str]) -> None:
+    assert [symbol.name for symbol in table(ROWS).search(pattern)] == wanted
+
+
+def test_no_symbols_at_all() -> None:
+    assert Symbols.none().at(5) is None and Symbols.none().find("x") is None and not list(Symbols.none().search("*"))
+
+
+def test_a_place_reads_as_people_write_it() -> None:
+    assert str(Place("schedule", 0x14, "kernel")) == "schedule+0x14 [kernel]"
+    assert str(Place("msr_open", 0, "msr")) == "msr_open [msr]"
+
+
+def test_the_first_of_many_at_one_address() -> None:
+    symbols = table([(0x1000, "t", f"name{index}") for index in range(200_000)])
+    assert all(symbols.at(0x1001) == ("name0", 1) for _ in range(3000))

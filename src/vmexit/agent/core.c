@@ -264,11 +264,14 @@ static uint32_t needed_capabilities(const struct vmexit_event *event)
            (event->flags & VMEXIT_SHORT_CIRCUIT ? VMEXIT_CAN_SKIP : 0);
 }
 
+/* Atomically where it is read at the same time. */
 static void add_interest(uint8_t *interest, uint8_t access, struct vmexit_range range)
 {
     uint64_t count = (uint64_t)range.last - range.first + 1;
-    for (uint32_t i = 0; i < count && i < sizeof core_interest; i++)
-        interest[(range.first + i) % sizeof core_interest] |= access;
+    for (uint32_t i = 0; i < count && i < sizeof core_interest; i++) {
+        uint8_t *wanted = &interest[(range.first + i) % sizeof core_interest];
+        __atomic_store_n(wanted, (uint8_t)(*wanted | access), __ATOMIC_RELAXED);
+    }
 }
 
 static void publish_interest(const struct table *table)
@@ -413,6 +416,9 @@ static void sleep_on(struct vcpu *vcpu)
         (void)!read(vcpu->eventfd, &count, sizeof count);
 }
 
+/* Of an event in the table, where a script may be changing them. */
+static unsigned flags_of(const struct vmexit_event *event) { return __atomic_load_n(&event->flags, __ATOMIC_RELAXED); }
+
 /* ---- records ---- */
 
 static uint64_t words_of(const struct vmexit_text *text) { return text ? text->size / sizeof(uint64_t) : 0; }
@@ -493,7 +499,7 @@ static uint64_t publish(struct trap *trap, struct vcpu *vcpu, const struct vmexi
     if (action == VMEXIT_ASK)
         __atomic_store_n(&ring->question.asked, sequence + 1, __ATOMIC_RELEASE);
     __atomic_store_n(&ring->head, head + 1, __ATOMIC_RELEASE);
-    bool urgent = (event->flags & VMEXIT_IMMEDIATE) || !(action & (VMEXIT_RECORD | VMEXIT_PRINT));
+    bool urgent = (flags_of(event) & VMEXIT_IMMEDIATE) || !(action & (VMEXIT_RECORD | VMEXIT_PRINT));
     if (urgent)
         __atomic_store_n(&ring->urgent, head + 1, __ATOMIC_RELEASE);
     /* What need not be seen at once is fetched by the debugger from time to time; when half the ring is full it is called. */
@@ -594,7 +600,7 @@ static bool has_msr(const struct vmexit_event *event, uint32_t msr)
 
 static bool matches(const struct vmexit_event *event, const struct trap *trap, unsigned stage)
 {
-    return (__atomic_load_n(&event->flags, __ATOMIC_RELAXED) & VMEXIT_ENABLED) && (event->access & trap->access) && (event->stages & stage) &&
+    return (flags_of(event) & VMEXIT_ENABLED) && (event->access & trap->access) && (event->stages & stage) &&
            (event->core == VMEXIT_ALL_CORES || event->core == trap->vcpu) && has_msr(event, trap->msr);
 }
 
@@ -627,7 +633,7 @@ enum verdict core_pre(struct trap *trap, struct progress *progress)
             continue;
         /* Each event that acts sets the short-circuit state anew, so the last one decides. */
         if (!progress->decided)
-            progress->skip = event->flags & VMEXIT_SHORT_CIRCUIT;
+            progress->skip = flags_of(event) & VMEXIT_SHORT_CIRCUIT;
         if (act(trap, vcpu, table, i, progress)) {
             progress->after = event->id;
             if (progress->limit == UINT32_MAX)

@@ -79,9 +79,10 @@ def booted(command_line: str, more: Sequence[str], vcpus: int, cache: Cache) -> 
 
         def on_lstar(trap: LiveTrap) -> None:
             if not boot.seen:
-                view.at_trap(trap.core)
-                found = view.recognise(trap.core, lstar=trap.value)
-                boot.seen = [found.linux.describe(), found.source, str(view.current(trap.core)), str(view.name_of(trap.rip))]
+                line = view.at_lstar(trap.core, trap.value)
+                boot.seen = [str(line), view.recognised.source, str(view.current(trap.core)), str(view.name_of(trap.rip))]
+            else:
+                assert view.at_lstar(trap.core, trap.value) is None
 
         def on_write(trap: LiveTrap) -> None:
             view.at_trap(trap.core)
@@ -282,6 +283,25 @@ def test_what_was_not_known_is_not_asked_for_again_before_the_next_stop(typist: 
     assert first.value is second.value
     assert view.known is None and view.current() is None and view.name_of(0) is None and view.label(0) is None
     assert view.address_of("schedule") is view.address_of("not a name") is None
+
+
+def test_at_lstar_it_is_recognised_once_and_after_a_reset_again(typist: Typist) -> None:
+    typist.boot(linux_guest())
+    view = typist.session.guest
+    line = f"Linux 6.1.0-fake-amd64 x86_64, slide {SLIDE:#x}, 1218 symbols, 1 module"
+    entry = linux_guest().address(0x8080)
+    assert view.at_lstar(0, entry) == line
+    assert view.at_lstar(1, entry) is None
+    next_boot = FakeLinux(slide=0x20_0000)
+    typist.boot(next_boot)
+    typist.session.guest = view
+    typist.link.pages = {place: page for place, page in typist.link.pages.items() if place[0]}
+    assert view.at_lstar(0, next_boot.address(0x8080)) == line.replace(f"{SLIDE:#x}", "0x200000").replace("1 module", "0 modules")
+    typist.put(0, cr0=0)
+    view.reset()
+    assert view.at_lstar(0, 5) == (
+        "the guest is not known: the guest's firmware or an early kernel: not in 64-bit mode yet, or a 32-bit system"
+    )
 
 
 def test_a_label_searches_nothing(typist: Typist) -> None:

@@ -64,6 +64,11 @@ def _parser(action: str) -> argparse.ArgumentParser:
     run.add_argument("--batch", action="store_true", help="no console: print everything, never wait, leave when the guest does")
     run.add_argument("--qemu", metavar="PATH", default=_DEFAULT_QEMU, help=f"the QEMU to start (default: {_DEFAULT_QEMU})")
 
+    kernel = run.add_mutually_exclusive_group()
+    kernel.add_argument("--kernel-image", dest="image", metavar="FILE", type=Path, help="the guest's Linux kernel (bzImage)")
+    kernel.add_argument("--vmlinux", dest="image", metavar="FILE", type=Path, help="the same, unpacked")
+    run.add_argument("--system-map", metavar="FILE", type=Path, help="its System.map; none of them is needed as a rule")
+
     evaluate = actions.add_parser("eval", help="compile and run a script without any machine", allow_abbrev=False)
     if action == "eval":
         # What knows its arguments takes a while to load.
@@ -170,10 +175,14 @@ def _msr(words: list[str]) -> int:
 def _run(parsed: argparse.Namespace, arguments: list[str]) -> int:
     from vmexit.console.run import Options, run
     from vmexit.console.screen import OutputGoneError
+    from vmexit.guest.linux.recognise import Help
 
+    for path in (parsed.image, parsed.system_map):
+        if path is not None and not path.is_file():
+            raise UsageError(f"there is no file {path}")
     commands = [command for kind, value in parsed.given or [] for command in _given(kind, value)]
     try:
-        return run(Options(arguments, commands, parsed.batch, parsed.qemu))
+        return run(Options(arguments, commands, parsed.batch, parsed.qemu, Help(parsed.image, parsed.system_map)))
     except OutputGoneError as gone:
         if isinstance(gone.error, BrokenPipeError):
             return _broken_pipe()

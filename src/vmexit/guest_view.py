@@ -110,6 +110,21 @@ class GuestView:
         self._stacks = Stacks(self._found.linux)
         return self._found
 
+    def at_lstar(self, core: int, lstar: int) -> str | None:
+        """To be called while a vCPU waits at its WRMSR of IA32_LSTAR: the moment that a kernel can be recognised first.
+
+        Gives a line for the user, what was found or why nothing; None where the kernel that is known does it on another vCPU.
+        Raises LinkError.
+        """
+        self.at_trap(core)
+        if self._found is not None and self._found.linux.is_still_there():
+            return None
+        try:
+            found = self.recognise(core, lstar=lstar)
+        except NotRecognisedError as error:
+            return str(error)
+        return "; ".join((found.linux.describe(), *found.remarks))
+
     @property
     def recognised(self) -> Recognised:
         """What runs now. Raises NotRecognisedError, which says why nothing is known, and LinkError where the machine is gone."""

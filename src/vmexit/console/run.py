@@ -9,7 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vmexit.commands import registry
 from vmexit.commands.session import Session
@@ -21,6 +21,7 @@ from vmexit.console.screen import Screen
 from vmexit.console.tokens import commands_of
 from vmexit.debugger import Debugger, State, StopReason
 from vmexit.errors import CommandError, VmexitError
+from vmexit.guest.linux.recognise import Help
 from vmexit.targets.qemu import DEFAULT_QEMU, Qemu
 
 _POLL_S = 0.05
@@ -56,6 +57,8 @@ class Options:
     commands: Sequence[GivenCommand] = ()
     batch: bool = False
     qemu: str = DEFAULT_QEMU
+    given: Help = field(default_factory=Help)
+    """Files that help to recognise the guest."""
 
 
 def run(options: Options) -> int:
@@ -113,6 +116,7 @@ class _Run:
         self._has_person = has_person
         self._has_prompt = has_prompt
         self._session = Session(debugger, screen.write, self)
+        self._session.guest.given = options.given
         self._output = output
         self._feed = Feed(self._session, screen, output)
         self._leaving = False

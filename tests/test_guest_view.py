@@ -263,6 +263,9 @@ def test_it_is_looked_at_anew_at_each_stop(typist: Typist) -> None:
         view.current()
     typist.types("pause")
     assert view.linux is linux  # the same kernel, still there
+    typist.put(0, gs_base=linux_guest().areas[0])
+    view.at_trap(1)
+    assert view.linux is linux
     typist.types("g")
     typist.types("pause")
     guest = FakeLinux()

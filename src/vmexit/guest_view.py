@@ -61,7 +61,10 @@ class GuestView:
         self._given = given or Help()
         self._found: Recognised | None = None
         self._failed: NotRecognisedError | None = None
-        self._stop: object = None
+        self._callback: object = None
+        """Stands for the callback that asks, as a Stop does for a machine that is halted."""
+        self._read_at: object = None
+        """The stop or callback that what has been read belongs to."""
         self._stacks: Stacks | None = None
 
     @property
@@ -80,14 +83,19 @@ class GuestView:
 
     def forget(self) -> None:
         """Memory has changed: nothing of it that was read before counts any more."""
-        self._stop = None
+        self._read_at = None
         if self._found is not None:
             self._found.linux.forget()
 
     def at_trap(self, core: int) -> None:
         """A callback is about to ask, while its vCPU waits and the others run: what was read before counts no more."""
         self.forget()
+        self._callback = object()
         self._machine.reader = core
+
+    @property
+    def _now(self) -> object:
+        return self._callback if self._debugger.stop is None else self._debugger.stop
 
     def _core(self, core: int | None) -> int:
         """The vCPU that is meant: of a halted machine any, else the one that waits."""
@@ -101,7 +109,7 @@ class GuestView:
         ``lstar``: what the guest has just given, or is about to give, IA32_LSTAR; its kernel is complete by then.
         """
         self.reset()
-        self._stop = self._debugger.stop
+        self._read_at = self._now
         try:
             self._found = recognise(self._machine, self._core(core), given=self._given, lstar=lstar, cache=self._cache)
         except NotRecognisedError as error:
@@ -128,8 +136,8 @@ class GuestView:
     @property
     def recognised(self) -> Recognised:
         """What runs now. Raises NotRecognisedError, which says why nothing is known, and LinkError where the machine is gone."""
-        is_new = self._stop is None or self._stop is not self._debugger.stop
-        self._stop = self._debugger.stop
+        is_new = self._read_at is None or self._read_at is not self._now
+        self._read_at = self._now
         if self._found is not None:
             if not is_new:
                 return self._found

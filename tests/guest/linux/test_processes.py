@@ -157,6 +157,22 @@ def test_a_kernel_that_has_not_made_its_areas_yet(attach: Attach) -> None:
         assert current(guest, linux) is not None
 
 
+def test_a_kernel_that_has_begun_anew(attach: Attach) -> None:
+    """At the same place, with its per-CPU areas elsewhere."""
+    guest = FakeLinux()
+    linux = attach(guest)
+    assert current(guest, linux) is not None
+    moved = guest.allocate(0x1000)
+    guest.write(moved, guest.read(guest.areas[0], 0x200))
+    guest.u64(moved + THIS_CPU_OFF, moved)
+    guest.u64(guest.address(RODATA + 0x1000), moved)
+    guest.cores[0].update(gs_base=moved)
+    assert current(guest, linux) is None  # nobody has said that the machine has run
+    linux.forget()
+    task = current(guest, linux)
+    assert task is not None and task.tid == 95
+
+
 def test_the_recipe_is_plain_data(attach: Attach) -> None:
     guest = FakeLinux()
     recipe = attach(guest).recipe

@@ -76,6 +76,10 @@ class Tasks:
             self._recipe = recipes.make_recipe(self._profile, self._slide, self._memory)
         return self._recipe
 
+    def forget(self) -> None:
+        """The machine has run: a kernel that has begun anew has made its per-CPU areas anew, too."""
+        self._recipe = None
+
     def current(self, core: int, registers: Mapping[str, int]) -> Task | None:
         """The task that a vCPU executes; None: not known. Raises ProfileError where the kernel has not come so far."""
         base = self.percpu_base(core, registers)
@@ -94,7 +98,7 @@ class Tasks:
         kernel, other = registers["gs_base"], registers["kernel_gs_base"]
         found = {base for base in bases if base} & ({other} if registers["cs"] & 3 else {kernel, other})
         known = self._bases.get(core)
-        if known is not None:
+        if known in bases:
             return known if known in found else None
         if len(found) == 1:
             (base,) = found

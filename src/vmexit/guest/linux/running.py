@@ -51,6 +51,7 @@ class Linux:
     def forget(self) -> None:
         """The machine has run, or somebody has changed its memory."""
         self.memory.forget()
+        self.tasks.forget()
         self._modules = None
 
     def is_still_there(self) -> bool:

@@ -628,7 +628,7 @@ class TestEnd:
     def test_closing_ends_qemu(self) -> None:
         with guest("hang") as (debugger, _, _):
             debugger.go()
-            pid = debugger.target.pid  # type: ignore[attr-defined]
+            pid = debugger.target.pid
             os.kill(pid, 0)
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
@@ -646,7 +646,7 @@ class TestEnd:
         with guest("hang") as (debugger, _, _):
             debugger.on_msr_write(expected.STAR)
             debugger.run(timeout=0.2)
-            os.kill(debugger.target.pid, signal.SIGKILL)  # type: ignore[attr-defined]
+            os.kill(debugger.target.pid, signal.SIGKILL)
             stop = debugger.run(timeout=30)
             assert (stop.reason, stop.exit_status) == (StopReason.ENDED, -signal.SIGKILL)
 
@@ -654,7 +654,7 @@ class TestEnd:
     def test_a_halted_machine_killed_from_outside(self, thread: str) -> None:
         with guest("hang", thread=thread) as (debugger, _, _):
             debugger.run(timeout=0.2)
-            os.kill(debugger.target.pid, signal.SIGKILL)  # type: ignore[attr-defined]
+            os.kill(debugger.target.pid, signal.SIGKILL)
             deadline = time.monotonic() + 10
             while debugger.state != State.ENDED and time.monotonic() < deadline:
                 debugger.pump(0.05)

@@ -43,9 +43,7 @@ def needed(event: Event) -> Capability:
     return capabilities
 
 
-def check(
-    event: Event, capabilities: Capability, vcpus: int, target: str, untrappable: Sequence[Untrappable] = ()
-) -> None:
+def check(event: Event, capabilities: Capability, vcpus: int, target: str, untrappable: Sequence[Untrappable] = ()) -> None:
     """Raises VmexitError, with the reason, for an event that this machine cannot run; EventError where one option is to blame."""
     missing = needed(event) & ~capabilities
     for capability, (what, option) in _NEEDS.items():

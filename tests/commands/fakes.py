@@ -173,6 +173,7 @@ class FakeTarget:
     untrappable: tuple[Untrappable, ...] = ()
     found_running: bool | None = None
     wants_halted = False
+    pid = 4711
 
     def __init__(self, vcpus: int = 2) -> None:
         self.vcpus = vcpus

@@ -206,7 +206,7 @@ def _rip_line(debugger: Debugger, syntax: Syntax) -> str:
 
 
 def exit_text(status: int | None) -> str:
-    """How QEMU ended."""
+    """How the VMM ended."""
     if status is None:
         return "QEMU has ended"
     if status >= 0:

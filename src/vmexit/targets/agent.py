@@ -27,8 +27,8 @@ def agent_path() -> Path:
 def listening_socket() -> socket.socket:
     """A socket that the agent is to take over.
 
-    Its name is abstract: it goes when the VMM does, and a later debugger finds it (targets.attach). The agent turns away everybody
-    but root and the VMM's own user.
+    Its name is abstract: it goes when the VMM does, and a later debugger finds it (targets.attach). The agent turns away
+    everybody but root and the VMM's own user.
     """
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import pwd
 import re
@@ -77,7 +78,7 @@ def _vcpu_count(fds: list[str]) -> int:
 
 def _name(pid: int) -> str:
     words = _arguments(pid)
-    for option, value in zip(words, words[1:], strict=False):
+    for option, value in itertools.pairwise(words):
         if option in ("-name", "--name") and value:
             return value.split(",")[0].removeprefix("guest=")
     with contextlib.suppress(OSError):
@@ -133,7 +134,7 @@ def check_attachable(pid: int) -> None:
     with contextlib.suppress(OSError, ElfError):
         if read_elf(executable).static:
             raise TargetError(
-                f"process {pid} ({name}) is linked statically: nothing can be loaded into it; use a build that is linked dynamically"
+                f"process {pid} ({name}) is linked statically: nothing can be loaded into it; use a dynamically linked build"
             )
     if _is_locked(pid):
         raise TargetError(
@@ -195,10 +196,10 @@ def _check_qemu(pid: int, name: str) -> None:
 
 @contextlib.contextmanager
 def _visible_agent(pid: int) -> Iterator[str]:
-    """A path by which the process finds the agent: its own, or that of a copy where it does not see our files, or may not read them."""
+    """A path by which the process finds the agent: ours, or a copy's where it does not see our files or may not read them."""
     agent, folder = agent_path(), _PROC / str(pid)
-    same_files = (folder / "ns" / "mnt").readlink() == Path("/proc/self/ns/mnt").readlink() and str((folder / "root").readlink()) == "/"
-    if same_files and folder.stat().st_uid == os.geteuid():
+    sees_ours = (folder / "ns" / "mnt").readlink() == Path("/proc/self/ns/mnt").readlink()
+    if sees_ours and str((folder / "root").readlink()) == "/" and folder.stat().st_uid == os.geteuid():
         yield str(agent)
         return
     with tempfile.NamedTemporaryFile(dir=folder / "root" / "tmp", prefix="vmexit-", suffix=".so") as copy:
@@ -222,7 +223,7 @@ def _bring_agent(pid: int) -> bytes:
         now = time.monotonic()
         if now > deadline or not _PROC.joinpath(str(pid)).exists():
             raise TargetError(
-                f"the agent in process {pid} does not come up: its vCPUs do not go by the C library's ioctl, or it has no memory left"
+                f"the agent in process {pid} does not come up: its vCPUs do not go by the C library's ioctl, or memory is short"
             )
         if now - kicked > _KICK_S:
             kicked = now
@@ -239,7 +240,7 @@ class Attached:
 
     def __init__(self, pid: int) -> None:
         """Attaches to the VMM with that process number, whose guest notices nothing. Raises TargetError, with what would help."""
-        self.pid = pid
+        self._pid = pid
         self._closed = False
         self._ended_told = False
         address = find_agent(pid) or _bring_agent(pid)
@@ -270,6 +271,11 @@ class Attached:
             select.select([self.link.fileno()], [], [], _KICK_S)
             self.link.handle_notices()
         return told[-1]
+
+    @property
+    def pid(self) -> int:
+        """The VMM's process."""
+        return self._pid
 
     @property
     def vcpus(self) -> int:

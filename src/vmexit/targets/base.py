@@ -51,6 +51,10 @@ class Target(Protocol):
     """The machine was halted before its first instruction, and whoever started it wants it to stay so."""
 
     @property
+    def pid(self) -> int:
+        """The VMM's process."""
+
+    @property
     def vcpus(self) -> int:
         """The vCPUs that it has now, numbered from 0."""
 
@@ -74,4 +78,7 @@ class Target(Protocol):
         """Lets go of it; it runs on without vmexit, with nothing of it changed. ``close`` does nothing then."""
 
     def close(self) -> None:
-        """Ends a machine that vmexit has started, with whatever belongs to it; lets go of any other. Does nothing the second time."""
+        """Ends a machine that vmexit has started, with whatever belongs to it; lets go of any other.
+
+        Does nothing the second time.
+        """

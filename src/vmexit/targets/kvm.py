@@ -142,8 +142,14 @@ class Vmm:
         if self._closed:
             return
         self._closed = True
+        try:
+            self._process.close(self._let_go)
+        finally:
+            if hasattr(self, "link"):
+                self.link.close()
+
+    def _let_go(self) -> bool:
         if hasattr(self, "link") and not self.link.closed:
             with contextlib.suppress(LinkError):
-                self.link.hold(False)
-            self.link.close()
-        self._process.close(lambda: False)
+                self.link.hold(False)  # it is to end, not to run on
+        return False

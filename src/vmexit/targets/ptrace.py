@@ -17,8 +17,8 @@ _CALM_S = 1.0
 _STILL_S = 0.02
 _FUTEX = 202
 
-# System calls of x86-64 that a thread sleeps in without holding a lock of the C library's: read, poll, select, nanosleep, epoll_wait,
-# pselect6, ppoll, epoll_pwait, clock_nanosleep, rt_sigtimedwait, accept, recvmsg, wait4, epoll_pwait2.
+# System calls of x86-64 that a thread sleeps in without holding a lock of the C library's: read, poll, select, nanosleep,
+# epoll_wait, pselect6, ppoll, epoll_pwait, clock_nanosleep, rt_sigtimedwait, accept, recvmsg, wait4, epoll_pwait2.
 _CALM = frozenset({0, 7, 23, 35, 232, 270, 271, 281, 230, 128, 43, 47, 61, 441})
 
 

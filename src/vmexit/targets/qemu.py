@@ -264,16 +264,18 @@ class Qemu:
             return
         self._closed = True
         try:
-            if hasattr(self, "link") and not self.link.closed:
-                with contextlib.suppress(LinkError):
-                    self.link.hold(False)  # it is to end, not to run on
-                self.link.close()
             self._process.close(self._ask_to_quit)
         finally:
+            if hasattr(self, "link"):
+                self.link.close()
             if self._qmp is not None:
                 self._qmp.close()
 
     def _ask_to_quit(self) -> bool:
+        if hasattr(self, "link") and not self.link.closed:
+            with contextlib.suppress(LinkError):
+                self.link.hold(False)  # it is to end, not to run on
+            self.link.close()
         if self._qmp is None:
             return False
         self._qmp.begin("quit")

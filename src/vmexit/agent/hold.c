@@ -1,19 +1,23 @@
 /* See hold.h. There are few at a time, mostly none, so they lie in an array behind a lock. */
 #include "hold.h"
 
+#include <string.h>
+
 enum { HOLDS = 64 };
 
 struct hold {
     bool used;
+    bool stopped;
     unsigned vcpu;
     uint64_t rip;
     uint64_t rsp;
     struct progress progress;
 };
 
+unsigned hold_count;
+
 static struct {
     char lock;
-    unsigned count;
     unsigned next;
     struct hold items[HOLDS];
 } holds;
@@ -29,11 +33,12 @@ static void unlock(void) { __atomic_clear(&holds.lock, __ATOMIC_RELEASE); }
 static void drop(struct hold *hold)
 {
     hold->used = false;
-    __atomic_fetch_sub(&holds.count, 1, __ATOMIC_RELEASE);
+    __atomic_fetch_sub(&hold_count, 1, __ATOMIC_RELEASE);
 }
 
-/* Where all places are taken the oldest goes: its instruction would then be trapped once more. */
-void hold_put(const struct trap *trap, uint64_t rsp, struct progress progress)
+/* Where all places are taken the oldest goes: its instruction would then be trapped once more. That takes 64 tasks that were each
+ * preempted exactly here. */
+void hold_put(const struct trap *trap, uint64_t rsp, struct progress progress, bool stopped)
 {
     lock();
     struct hold *hold = NULL;
@@ -43,15 +48,16 @@ void hold_put(const struct trap *trap, uint64_t rsp, struct progress progress)
     if (hold == NULL)
         hold = &holds.items[holds.next++ % HOLDS];
     else
-        __atomic_fetch_add(&holds.count, 1, __ATOMIC_RELEASE);
-    *hold = (struct hold){.used = true, .vcpu = trap->vcpu, .rip = trap->rip, .rsp = rsp, .progress = progress};
+        __atomic_fetch_add(&hold_count, 1, __ATOMIC_RELEASE);
+    *hold = (struct hold){
+        .used = true, .stopped = stopped, .vcpu = trap->vcpu, .rip = trap->rip, .rsp = rsp, .progress = progress};
     unlock();
 }
 
 struct progress hold_take(uint64_t rip, uint64_t rsp)
 {
     struct progress progress = PROGRESS_BEGIN;
-    if (__atomic_load_n(&holds.count, __ATOMIC_ACQUIRE) == 0)
+    if (!hold_any())
         return progress;
     lock();
     for (unsigned i = 0; i < HOLDS; i++)
@@ -64,10 +70,10 @@ struct progress hold_take(uint64_t rip, uint64_t rsp)
     return progress;
 }
 
-static struct hold *of_vcpu(unsigned vcpu)
+static struct hold *stopped_on(unsigned vcpu)
 {
     for (unsigned i = 0; i < HOLDS; i++)
-        if (holds.items[i].used && holds.items[i].vcpu == vcpu)
+        if (holds.items[i].used && holds.items[i].stopped && holds.items[i].vcpu == vcpu)
             return &holds.items[i];
     return NULL;
 }
@@ -75,7 +81,7 @@ static struct hold *of_vcpu(unsigned vcpu)
 bool hold_decide(unsigned vcpu, bool skip)
 {
     lock();
-    struct hold *hold = of_vcpu(vcpu);
+    struct hold *hold = stopped_on(vcpu);
     if (hold) {
         hold->progress.skip = skip;
         hold->progress.decided = true;
@@ -87,10 +93,18 @@ bool hold_decide(unsigned vcpu, bool skip)
 void hold_follow(unsigned vcpu, unsigned number, uint64_t value)
 {
     lock();
-    struct hold *hold = of_vcpu(vcpu);
+    struct hold *hold = stopped_on(vcpu);
     if (hold && number == VMEXIT_RSP)
         hold->rsp = value;
     if (hold && number == VMEXIT_RIP && value != hold->rip)
         drop(hold);
+    unlock();
+}
+
+void hold_forget_all(void)
+{
+    lock();
+    memset(holds.items, 0, sizeof holds.items);
+    __atomic_store_n(&hold_count, 0, __ATOMIC_RELEASE);
     unlock();
 }

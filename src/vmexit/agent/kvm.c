@@ -251,7 +251,7 @@ static enum next stop_before(struct place *place, const struct trap *trap, struc
     kvm_complete(cpu);
     kvm_plain(cpu->fd, KVM_SET_REGS, &place->regs);
     if (place->regs.rip == trap->rip)
-        hold_put(trap, trap->rsp, progress);
+        hold_put(trap, trap->rsp, progress, true);
     return halt_here(cpu) ? TO_VMM_INTERRUPTED : INTO_GUEST;
 }
 

@@ -14,7 +14,6 @@
 #include "kvm.h"
 #include "qemu.h"
 
-enum { RUN_STATE_PAUSED = 4 }; /* QEMU, qapi/run-state.json */
 /* What the agent writes into kvm_run.immediate_exit, where a VMM writes 1: so neither takes away what the other wants. */
 enum { FETCHED = 2 };
 /* A vCPU that sleeps here lets its VMM look so often whether it has something else for it to do. */
@@ -23,43 +22,10 @@ enum { PATIENCE_MS = 5000 };
 
 static int fetch_signal; /* 0: not chosen yet */
 
-static bool is_qemu(void)
-{
-    return vm_stop && vm_start && runstate_is_running && qemu_add_vm_change_state_handler && qemu_system_vmstop_request &&
-           qemu_system_vmstop_request_prepare && (bql_lock_impl || qemu_mutex_lock_iothread_impl);
-}
-
 static void moment(void)
 {
     const struct timespec time = {.tv_nsec = 1000000};
     nanosleep(&time, NULL);
-}
-
-/* ---- where QEMU halts itself ---- */
-
-static void on_qemu_state(void *unused, bool running, int state)
-{
-    (void)unused, (void)state;
-    link_announce_machine(running);
-}
-
-static void resume_qemu(void)
-{
-    /* A stop that a vCPU has just asked for takes QEMU's main loop a moment; a start before that would leave the vCPU behind. */
-    for (int tries = 0; tries < 2000 && qemu_is_running(); tries++)
-        moment();
-    qemu_lock();
-    if (!qemu_is_running())
-        vm_start();
-    qemu_unlock();
-}
-
-static void halt_qemu(void)
-{
-    if (!qemu_is_running())
-        return;
-    qemu_system_vmstop_request_prepare();
-    qemu_system_vmstop_request(RUN_STATE_PAUSED);
 }
 
 /* ---- where the agent keeps vCPUs from running ---- */
@@ -85,7 +51,7 @@ static int choose_signal(void)
 void halt_adopt(struct cpu *cpu)
 {
     __atomic_store_n(&cpu->thread, (pid_t)syscall(SYS_gettid), __ATOMIC_RELEASE);
-    if (is_qemu())
+    if (qemu_can_halt())
         return;
     sigset_t set;
     sigemptyset(&set);
@@ -95,7 +61,7 @@ void halt_adopt(struct cpu *cpu)
 
 void halt_amend_mask(uint8_t *mask, uint32_t bytes)
 {
-    if (is_qemu())
+    if (qemu_can_halt())
         return;
     const unsigned bit = (unsigned)choose_signal() - 1;
     if (bit / 8 < bytes)
@@ -157,18 +123,18 @@ void halt_prepare(void)
 {
     if (rcu_register_thread)
         rcu_register_thread();
-    if (!is_qemu())
+    if (!qemu_can_halt())
         return;
     qemu_lock();
-    qemu_add_vm_change_state_handler(on_qemu_state, NULL);
+    qemu_watch_state(link_announce_machine);
     qemu_unlock();
 }
 
-bool halt_is_running(void) { return is_qemu() ? qemu_is_running() : !is_parked(); }
+bool halt_is_running(void) { return qemu_can_halt() ? qemu_is_running() : !is_parked(); }
 
 bool halt_here(struct cpu *cpu)
 {
-    if (is_qemu()) {
+    if (qemu_can_halt()) {
         vm_stop(RUN_STATE_PAUSED);
         link_machine_held();
         return true;
@@ -183,11 +149,11 @@ bool halt_here(struct cpu *cpu)
 
 int halt_set(bool halted)
 {
-    if (is_qemu()) {
+    if (qemu_can_halt()) {
         if (halted)
-            halt_qemu();
+            qemu_halt();
         else
-            resume_qemu();
+            qemu_resume();
         return VMEXIT_OK;
     }
     if (!halted) {
@@ -206,8 +172,8 @@ int halt_set(bool halted)
 
 void halt_resume(void)
 {
-    if (is_qemu())
-        resume_qemu();
+    if (qemu_can_halt())
+        qemu_resume();
     else
         unpark();
 }

@@ -240,6 +240,7 @@ class Qemu:
         """QMP's events, and at last that the process has ended."""
         if self._qmp is None or self._closed:
             return []
+        self.link.take_machine()  # QEMU's monitor says the same, and more
         notices = [notice for event in self._qmp.events() if (notice := _notice(event))]
         if any(notice.kind in (NoticeKind.STOPPED, NoticeKind.SHUTDOWN) for notice in notices):
             # What the guest has printed before it halted is to be known before that.

@@ -247,12 +247,10 @@ def test_a_guest_that_was_started_with_the_agent_and_let_go_of() -> None:
 def test_only_one_debugger_at_a_time(start: Start) -> None:
     process = start("vmm", "hang")
     wait_for_vm(process)
-    with (
-        Debugger(Attached(process.pid)) as debugger,
-        pytest.raises(TargetError, match=r"process \d+: another debugger is attached to this machine"),
-    ):
-        assert debugger.state == State.RUNNING
-        Attached(process.pid)
+    with Debugger(Attached(process.pid)) as debugger:
+        with pytest.raises(TargetError, match=r"process \d+: another debugger is attached to this machine"):
+            Attached(process.pid)
+        assert some_writes(debugger, 5)
 
 
 def test_the_list(start: Start) -> None:

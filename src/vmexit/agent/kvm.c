@@ -30,7 +30,6 @@
 enum { FINISHING = 2 }; /* in kvm_run.immediate_exit; a VMM writes 1 there, at any time */
 enum { SPARE_VCPUS = 15 }; /* that may be plugged in while the machine runs */
 enum { LARGEST_INSTRUCTION = 15 };
-enum { MOST_TABLES = 4096 }; /* that are looked through for a physical address */
 
 struct vm vm = {.fd = -1};
 pthread_mutex_t kvm_lock = PTHREAD_MUTEX_INITIALIZER;
@@ -154,7 +153,7 @@ static bool to_physical(struct trap *trap, uint64_t address, uint64_t *physical)
 static bool to_virtual(struct trap *trap, uint64_t physical, uint64_t *address)
 {
     const struct paging *paging = paging_of(trap->place);
-    return paging && paging_find(paging, physical, MOST_TABLES, address);
+    return paging && paging_find(paging, physical, PAGING_MANY_TABLES, address);
 }
 
 static const struct door *the_door(void);

@@ -7,7 +7,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "core.h"
 #include "hold.h"
@@ -15,8 +14,6 @@
 #include "qemu.h"
 #include "quick.h"
 
-/* Page tables that are read in search of a virtual address. */
-enum { MOST_TABLES = 4096 };
 enum { ENV_TRIES = 16, ENV_PROVEN = ENV_TRIES + 1 };
 
 /* The instruction that this vCPU executes now and that a post stage has been promised for. */
@@ -173,7 +170,7 @@ static bool to_physical(struct trap *trap, uint64_t address, uint64_t *physical)
 static bool to_virtual(struct trap *trap, uint64_t physical, uint64_t *address)
 {
     struct paging paging = page_tables(trap);
-    return paging_find(&paging, physical, MOST_TABLES, address);
+    return paging_find(&paging, physical, PAGING_MANY_TABLES, address);
 }
 
 static void halt(void)

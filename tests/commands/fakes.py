@@ -170,6 +170,7 @@ class FakeTarget:
     """A machine that halts at once when it is asked to."""
 
     name = "FakeMachine 1.0"
+    vmm = "QEMU"
     untrappable: tuple[Untrappable, ...] = ()
     found_running: bool | None = None
     wants_halted = False

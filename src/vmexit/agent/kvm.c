@@ -56,10 +56,21 @@ static void clear_immediate_exit(struct kvm_run *run)
     __atomic_compare_exchange_n(&run->immediate_exit, &ours, 0, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
 }
 
+/* While events want MSRs, KVM leaves the registers in struct kvm_run, which is cheaper than asking for them. */
+static void choose_sync_regs(struct cpu *cpu)
+{
+    const bool wanted = __atomic_load_n(&vm.is_armed, __ATOMIC_RELAXED) && vm.has_sync_regs;
+    if (wanted == cpu->syncs_regs)
+        return;
+    if (wanted && (cpu->run->kvm_valid_regs & KVM_SYNC_X86_REGS))
+        return; /* the VMM's own wish */
+    cpu->run->kvm_valid_regs ^= KVM_SYNC_X86_REGS;
+    cpu->syncs_regs = wanted;
+}
+
 static int enter_guest(struct cpu *cpu)
 {
-    if (__atomic_load_n(&vm.is_armed, __ATOMIC_RELAXED) && vm.has_sync_regs)
-        cpu->run->kvm_valid_regs |= KVM_SYNC_X86_REGS;
+    choose_sync_regs(cpu);
     int result = kvm_plain(cpu->fd, KVM_RUN, NULL);
     if (result != 0)
         clear_immediate_exit(cpu->run);

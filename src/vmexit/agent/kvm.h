@@ -37,6 +37,7 @@ struct cpu {
     pid_t thread;
     bool passed; /* its thread has come through our ioctl */
     bool busy; /* its thread is in our ioctl, and is not halted there */
+    bool syncs_regs; /* kvm_run.kvm_valid_regs says so because we want it */
     int wake; /* an eventfd: the machine runs on */
     /* Registers that are changed when the vCPU enters the guest, and not before: its exit may be unfinished, and its VMM may set all
      * registers anew. A bit each; under kvm_lock. */

@@ -293,7 +293,7 @@ class _Run:
         if not has_ended and not (has_shut_down and not self._leaving):
             return 0
         status = self._target.exit_status
-        self._screen.error(exit_text(status))
+        self._screen.error(exit_text(status, self._target.vmm))
         return 0 if status is None else status if status >= 0 else 128 - status
 
 

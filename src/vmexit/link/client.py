@@ -27,7 +27,7 @@ _MEANING = {
     Status.BUSY: "another debugger is attached to this machine",
     Status.RUNNING: "the machine runs; halt it first (pause)",
     Status.UNREADABLE: "the address is not mapped",
-    Status.UNAVAILABLE: "this QEMU does not let the agent do that",
+    Status.UNAVAILABLE: "this machine does not let the agent do that",
     Status.WRONG_VERSION: "the agent in this machine is of another version of vmexit",
     Status.STALE: "scripts have changed events in the meantime",
 }

@@ -259,7 +259,7 @@ class Attached:
             raise
         self.found_running: bool | None = told
         self.untrappable: tuple[Untrappable, ...] = untrappable_under_kvm() if self.link.door == "kvm" else ()
-        self.name = f"{_name(pid)} (process {pid})"
+        self.name = self.vmm = f"{_name(pid)} (process {pid})"
 
     def _first_word(self) -> bool:
         """Whether the machine runs, which the agent tells after its greeting."""
@@ -283,9 +283,9 @@ class Attached:
         return max(1, self.link.rings.vcpus_up)
 
     @property
-    def exit_status(self) -> int | None:
-        """Nobody tells a stranger how it ended: 0 then."""
-        return 0 if select.select([self._pidfd], [], [], 0)[0] else None
+    def exit_status(self) -> None:
+        """Nobody tells a stranger how it ended."""
+        return None
 
     def resume(self) -> None:
         """Lets the machine run."""
@@ -308,7 +308,7 @@ class Attached:
         if self._closed:
             return []
         notices = machine_notices(self.link)
-        if self.exit_status is not None and not self._ended_told:
+        if not self._ended_told and select.select([self._pidfd], [], [], 0)[0]:
             self._ended_told = True
             notices.append(Notice(NoticeKind.ENDED))
         return notices

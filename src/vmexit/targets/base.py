@@ -43,6 +43,8 @@ class Target(Protocol):
     link: Link
     name: str
     """What to call it: "QEMU 7.2.22"."""
+    vmm: str
+    """What to call its VMM: "QEMU"."""
     untrappable: tuple[Untrappable, ...]
     """Events that name one of these are refused; those for all MSRs do without."""
     found_running: bool | None
@@ -72,7 +74,7 @@ class Target(Protocol):
 
     @property
     def exit_status(self) -> int | None:
-        """Of its VMM: 0 to 255, or minus the number of the signal that ended it; None while it lives."""
+        """Of its VMM: 0 to 255, or minus the number of the signal that ended it; None while it lives, or where nobody tells."""
 
     def detach(self) -> None:
         """Lets go of it; it runs on without vmexit, with nothing of it changed. ``close`` does nothing then."""

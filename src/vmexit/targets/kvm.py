@@ -59,7 +59,7 @@ class Vmm:
             raise TargetError(f"{program} is not there, or is no program")
         self._closed = False
         self.untrappable = untrappable_under_kvm()
-        self.name = Path(program).name
+        self.name = self.vmm = Path(program).name
         with listening_socket() as listening:
             self._process = Process(
                 [binary, *arguments],

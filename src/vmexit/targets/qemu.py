@@ -88,6 +88,7 @@ class Qemu:
     """
 
     found_running: bool | None = None
+    vmm = "QEMU"
 
     def __init__(
         self,

@@ -56,7 +56,9 @@ def test_msr(words: list[str], shown: str, capsys: Shown) -> None:
     assert capsys.readouterr().out.startswith(shown)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["attach", "-h"], ["msr", "--help"], ["demo", "-h"], ["doctor", "-h"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["run", "--help"], ["attach", "-h"], ["msr", "--help"], ["demo", "-h"], ["doctor", "-h"]]
+)
 def test_help(arguments: list[str], capsys: Shown) -> None:
     assert cli.main(arguments) == 0
     assert capsys.readouterr().out.startswith("usage: vmexit")

@@ -60,7 +60,7 @@ def check(event: Event, capabilities: Capability, vcpus: int, target: str, untra
         for first, last in event.msrs.ranges:
             if first <= msrs.last and msrs.first <= last:
                 named = max(first, msrs.first)
-                raise VmexitError(f"MSR {named:x} cannot be trapped in {target}: {msrs.reason}")
+                raise EventError("msr", f"MSR {named:x} cannot be trapped in {target}: {msrs.reason}")
     if len(event.msrs.ranges) > wire.MAX_RANGES:
         raise VmexitError(f"an event can name {wire.MAX_RANGES} separate ranges of MSRs, not {len(event.msrs.ranges)}")
 

@@ -110,12 +110,15 @@ static void greet(void)
     answer(VMEXIT_OK, &hello, sizeof hello, fds, 2);
     pthread_mutex_lock(&server.lock);
     server.greeted = true;
-    if (door->is_running)
-        announce_machine(door->is_running(), 0);
     pthread_mutex_unlock(&server.lock);
     /* More than some 270 do not fit into the socket; then the rest waits until the debugger reads. */
     for (unsigned vcpu = 0; vcpu < core_vcpus(); vcpu++)
         announce(vcpu, 0);
+    /* The last word of the greeting, and in order with what comes later. */
+    pthread_mutex_lock(&server.lock);
+    if (door->is_running)
+        announce_machine(door->is_running(), 0);
+    pthread_mutex_unlock(&server.lock);
 }
 
 static void hello_asked(void)

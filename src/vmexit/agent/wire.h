@@ -202,7 +202,7 @@ struct vmexit_shared {
 #define VMEXIT_HALT 32 /* argument 1: halt the machine; 0: let it run. VMEXIT_MACHINE follows when it does */
 /* Notices of the agent, with serial 0. */
 #define VMEXIT_VCPU 64 /* vcpu has come up; its eventfd is attached */
-#define VMEXIT_MACHINE 65 /* argument 1: the machine runs; 0: it is halted. Comes with the greeting, and whenever it changes */
+#define VMEXIT_MACHINE 65 /* argument 1: the machine runs; 0: it is halted. Ends the greeting, and comes whenever it changes */
 
 /* vmexit_message.status */
 #define VMEXIT_OK 0

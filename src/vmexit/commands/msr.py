@@ -43,6 +43,8 @@ class _MsrCommand(Command):
             immediate=options.immediate,
             text=arguments.line.strip(),
         )
+        if options.rest:
+            options.places["msr"] = (options.rest[0], options.rest[-1])
         event_options.make(session, arguments, options, event)
         session.emit(self._success(session, event, options))
 
@@ -61,9 +63,9 @@ class _MsrCommand(Command):
             text += f"\nleft out, unless an event names them: {' '.join(f'{msr:x}' for msr in left_out)}"
         if left_out is not None and not session.told_untrappable:
             session.told_untrappable = True
-            for msrs in session.debugger.target.untrappable:
-                named = f"{msrs.first:x}" if msrs.first == msrs.last else f"{msrs.first:x} to {msrs.last:x}"
-                text += f"\nnever trapped in this machine: {named} ({msrs.reason})"
+            for never in session.debugger.target.untrappable:
+                named = f"{never.first:x}" if never.first == never.last else f"{never.first:x} to {never.last:x}"
+                text += f"\nnever trapped in this machine: {named} ({never.reason})"
         return text
 
     def complete(self, session: Session, before: Sequence[str]) -> Iterable[str]:

@@ -22,7 +22,7 @@ from vmexit.setup.elf import ElfError, read_elf
 from vmexit.targets import ptrace
 from vmexit.targets.agent import SOCKET_PREFIX, agent_path
 from vmexit.targets.base import Notice, NoticeKind, Untrappable
-from vmexit.targets.kvm import machine_notices, untrappable_under_kvm
+from vmexit.targets.kvm import first_word, machine_notices, untrappable_under_kvm
 
 _PROC = Path("/proc")
 _COMES_UP_S = 8.0
@@ -250,27 +250,16 @@ class Attached:
             raise TargetError(f"there is no process {pid}: {error.strerror}") from None
         try:
             self.link = Link(address)
-            told = self._first_word()
-        except LinkError as error:
+            self.found_running: bool | None = first_word(self.link)
+        except BaseException as error:
+            if hasattr(self, "link"):
+                self.link.close()
             os.close(self._pidfd)
-            raise TargetError(f"process {pid}: {error}") from None
-        except BaseException:
-            os.close(self._pidfd)
+            if isinstance(error, LinkError):
+                raise TargetError(f"process {pid}: {error}") from None
             raise
-        self.found_running: bool | None = told
         self.untrappable: tuple[Untrappable, ...] = untrappable_under_kvm() if self.link.door == "kvm" else ()
         self.name = self.vmm = f"{_name(pid)} (process {pid})"
-
-    def _first_word(self) -> bool:
-        """Whether the machine runs, which the agent tells after its greeting."""
-        deadline = time.monotonic() + _COMES_UP_S
-        while not (told := self.link.take_machine()):
-            if time.monotonic() > deadline:
-                self.link.close()
-                raise LinkError("the agent there is of a version that cannot be attached to")
-            select.select([self.link.fileno()], [], [], _KICK_S)
-            self.link.handle_notices()
-        return told[-1]
 
     @property
     def pid(self) -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import re
+import select
 import shutil
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from vmexit.targets.process import OutputTo, Process
 DEVICE = Path("/dev/kvm")
 
 _GONE_S = 2.0
+_ANSWER_S = 10.0
+_POLL_S = 0.1
 _X2APIC = Untrappable(0x800, 0x8FF, "KVM lets no filter apply to x2APIC MSRs")
 _TSC_DEADLINE = Untrappable(0x6E0, 0x6E0, "KVM handles it before its MSR filter, to be quick")
 
@@ -34,6 +38,17 @@ def untrappable_under_kvm() -> tuple[Untrappable, ...]:
 def machine_notices(link: Link) -> list[Notice]:
     """What the agent itself has told of the machine since the last call."""
     return [Notice(NoticeKind.RESUMED if runs else NoticeKind.STOPPED) for runs in link.take_machine()]
+
+
+def first_word(link: Link) -> bool:
+    """Whether the machine runs, which the agent tells when it has announced all vCPUs. Raises LinkError where it does not."""
+    deadline = time.monotonic() + _ANSWER_S
+    while not (told := link.take_machine()):
+        if time.monotonic() > deadline:
+            raise LinkError("the agent there is of a version that cannot be attached to")
+        select.select([link.fileno()], [], [], _POLL_S)
+        link.handle_notices()
+    return told[-1]
 
 
 class Vmm:
@@ -71,6 +86,7 @@ class Vmm:
             address = listening.getsockname()
         try:
             self.link = Link(address)
+            first_word(self.link)
             self.link.hold(True)
         except BaseException as error:
             has_ended = isinstance(error, LinkError) and self._process.wait(_GONE_S)

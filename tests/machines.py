@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
 
 from tests.guests.build import build, qemu_arguments
 from vmexit import Debugger, Trap
@@ -36,22 +39,35 @@ class Output:
             return b"".join(self._parts).decode(errors="replace").replace("\r\n", "\n")
 
 
+def need_kvm() -> None:
+    """Skips the test where KVM is out of reach."""
+    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        pytest.skip("/dev/kvm is missing or not for this user")
+
+
 def guest_arguments(
     name: str, vcpus: int = 1, *, thread: str = "multi", machine: str = "microvm", **defines: int | str
 ) -> tuple[Path, list[str]]:
     """The image of a bare-metal guest and QEMU's arguments for it. The firmware of microvm is short."""
     image = build(name, **defines)
-    return image, ["-accel", f"tcg,thread={thread}", *qemu_arguments(image, vcpus, machine=machine)]
+    # Where KVM is itself emulated, it lacks what the default model has, and QEMU warns of that.
+    accelerator = ["-cpu", "host"] if thread == "kvm" else ["-accel", f"tcg,thread={thread}"]
+    return image, [*accelerator, *qemu_arguments(image, vcpus, machine=machine)]
 
 
 @contextmanager
 def guest(
     name: str, vcpus: int = 1, *, thread: str = "multi", machine: str = "microvm", **defines: int | str
 ) -> Iterator[tuple[Debugger, Path, Output]]:
-    """A bare-metal guest, halted before its first instruction: its debugger, its image, what it prints."""
+    """A bare-metal guest, halted before its first instruction: its debugger, its image, what it prints.
+
+    ``thread``: how TCG runs it, or "kvm", which skips the test where there is none.
+    """
+    if thread == "kvm":
+        need_kvm()
     image, arguments = guest_arguments(name, vcpus, thread=thread, machine=machine, **defines)
     output = Output()
-    with Debugger(Qemu(arguments, output=output)) as debugger:
+    with Debugger(Qemu(arguments, output=output, accelerator="kvm" if thread == "kvm" else "tcg")) as debugger:
         yield debugger, image, output
 
 

@@ -56,7 +56,9 @@ def test_msr(words: list[str], shown: str, capsys: Shown) -> None:
     assert capsys.readouterr().out.startswith(shown)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["msr", "--help"], ["demo", "-h"], ["doctor", "-h"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["run", "--help"], ["attach", "-h"], ["msr", "--help"], ["demo", "-h"], ["doctor", "-h"]]
+)
 def test_help(arguments: list[str], capsys: Shown) -> None:
     assert cli.main(arguments) == 0
     assert capsys.readouterr().out.startswith("usage: vmexit")
@@ -65,7 +67,7 @@ def test_help(arguments: list[str], capsys: Shown) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ([], "what to do? run, eval, msr, demo or doctor (see vmexit --help)"),
+        ([], "what to do? run, attach, eval, msr, demo or doctor (see vmexit --help)"),
         (["walk"], "argument ACTION: invalid choice: 'walk'"),
         (["--bogus"], "unrecognized: --bogus"),
         (["run"], "QEMU's arguments are missing: vmexit run [options] -- QEMU ARGUMENTS"),
@@ -86,6 +88,12 @@ def test_help(arguments: list[str], capsys: Shown) -> None:
         (["msr", "", "1"], "there is no MSR ''"),
         (["msr", "//"], "there is no MSR '//'"),
         (["msr", "dead0"], "nothing is known of MSR dead0"),
+        (["run", "--accel", "xen", "--"], "argument --accel: invalid choice: 'xen'"),
+        (["run", "--vmm", "v", "--qemu", "q", "--"], "--vmm and --qemu: one of them is started, not both"),
+        (["attach", "four"], "argument PID: 'four' is no process number (see vmexit attach --help)"),
+        (["attach", "-5"], "argument PID: '-5' is no process number"),
+        (["attach", "0"], "argument PID: '0' is no process number"),
+        (["attach", "5", "--", "x"], "only 'vmexit run' takes arguments behind --"),
         (["demo", "--kernel"], "argument --kernel: expected one argument"),
     ],
 )
@@ -126,6 +134,49 @@ def test_what_stands_behind_the_dashes_is_qemus(monkeypatch: pytest.MonkeyPatch)
     assert options.qemu == "qemu-system-x86_64"
     assert not options.commands
     assert told(monkeypatch, "--").arguments == []
+
+
+def test_which_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert told(monkeypatch, "--").accelerator == "tcg"
+    assert told(monkeypatch, "--accel", "kvm", "--", "-m", "1").accelerator == "kvm"
+    options = told(monkeypatch, "--vmm", "firecracker", "--", "--id", "1")
+    assert (options.vmm, options.arguments) == ("firecracker", ["--id", "1"])
+    session = Runs(monkeypatch)
+    assert cli.main(["attach", "-x", "events", "--batch", "4711"]) == 0
+    assert session.options is not None
+    assert (session.options.pid, session.options.batch, len(session.options.commands)) == (4711, True, 1)
+
+
+def test_the_machines_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: Shown) -> None:
+    from vmexit.targets import attach
+
+    found = [attach.Machine(4711, "vm one", 2, 512 << 20, True), attach.Machine(4712, "other", 0, 1 << 20, False)]
+    monkeypatch.setattr(attach, "machines", lambda: found)
+    assert cli.main(["attach"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["PID", "NAME", "VCPUS", "MEMORY"]
+    assert lines[1].split() == ["4711", "vm", "one", "2", "512", "MB"]
+    assert lines[2].split() == ["4712", "other", "?", "1", "MB", "(emulated,", "with", "the", "agent)"]
+    monkeypatch.setattr(attach, "machines", list)
+    assert cli.main(["attach"]) == 1
+    assert capsys.readouterr().err.startswith("vmexit: there is no virtual machine here that KVM runs")
+
+
+def test_one_of_the_list_is_chosen(monkeypatch: pytest.MonkeyPatch, capsys: Shown) -> None:
+    from vmexit.targets import attach
+
+    monkeypatch.setattr(attach, "machines", lambda: [attach.Machine(4711, "vm", 2, 512 << 20, True)])
+    monkeypatch.setattr("os.isatty", lambda fd: True)
+    typed = iter(["4711", "", "it"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    session = Runs(monkeypatch)
+    assert cli.main(["attach"]) == 0
+    assert session.options is not None and session.options.pid == 4711
+    session.options = None
+    assert cli.main(["attach"]) == 0
+    assert session.options is None
+    assert cli.main(["attach"]) == 2
+    assert capsys.readouterr().err == "vmexit: 'it' is no process number\n"
 
 
 def test_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

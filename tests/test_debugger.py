@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,9 @@ from vmexit.link.client import RequestError
 from vmexit.link.wire import RecordFlag
 
 EVERY_MSR = range(1 << 32)
-THREADS = ("multi", "single")
+THREADS = ("multi", "single", "kvm")
+"""How a guest is run: by TCG in two ways, or by KVM, through the other door."""
+DOORS = pytest.mark.parametrize("thread", ["multi", "kvm"])
 
 
 def finish(debugger: Debugger, status: int = OK_STATUS) -> None:
@@ -56,6 +59,12 @@ def without_read_values(accesses: list[expected.Access]) -> list[expected.Access
     return [replace(access, value=0) if access.kind == "rdmsr" else access for access in accesses]
 
 
+def surely_done(accesses: Iterable[expected.Access], thread: str) -> list[expected.Access]:
+    """Without those that a processor may refuse; TCG refuses none of them."""
+    refused = {msr for _, msr, _ in expected.SEQUENCE_UNREAD} if thread == "kvm" else set()
+    return [access for access in accesses if access.msr not in refused]
+
+
 def logs_of(name: str, image: Path) -> list[expected.Access]:
     """The right log of one of the guests with one vCPU and no interrupts."""
     log: list[expected.Access] = {
@@ -88,16 +97,17 @@ class TestLog:
         with guest(name, thread=thread) as (debugger, image, output):
             traps = logged(debugger, image, stage=Stage.POST, asking=asking)
             assert {trap.stage for trap in traps} == {Stage.POST}
-            assert [access_of(trap) for trap in traps] == [access for access in logs_of(name, image) if not access.faults]
+            wanted = [access for access in logs_of(name, image) if not access.faults]
+            assert surely_done(map(access_of, traps), thread) == surely_done(wanted, thread)
             assert "bad " not in output.text
 
     @pytest.mark.parametrize("thread", THREADS)
     def test_all_is_pre_then_post_of_each(self, thread: str) -> None:
         with guest("sequence", thread=thread) as (debugger, image, _):
-            traps = logged(debugger, image, stage=Stage.ALL)
+            traps = [trap for trap in logged(debugger, image, stage=Stage.ALL) if surely_done([access_of(trap)], thread)]
             stages = [trap.stage for trap in traps]
             assert stages == [Stage.PRE, Stage.POST] * (len(traps) // 2)
-            assert [access_of(trap) for trap in traps[1::2]] == expected.sequence(image)
+            assert [access_of(trap) for trap in traps[1::2]] == surely_done(expected.sequence(image), thread)
 
     @pytest.mark.parametrize("asking", [False, True], ids=["recorded", "asked"])
     @pytest.mark.parametrize("thread", THREADS)
@@ -199,8 +209,9 @@ class TestSelection:
 class TestShortCircuit:
     """Skipped instructions: never executed, no post stage; the last event that acts decides."""
 
-    def test_a_skipped_write_is_not_written_and_has_no_post_stage(self) -> None:
-        with guest("sequence") as (debugger, _, output):
+    @DOORS
+    def test_a_skipped_write_is_not_written_and_has_no_post_stage(self, thread: str) -> None:
+        with guest("sequence", thread=thread) as (debugger, _, output):
             skipping = debugger.on_msr_write(expected.LSTAR, short_circuit=True)
             after = debugger.on_msr_write(expected.LSTAR, stage=Stage.POST)
             finish(debugger)
@@ -210,9 +221,10 @@ class TestShortCircuit:
             assert skipping.recording is not None
             assert [trap.flags for trap in skipping.recording] == [RecordFlag.SKIPPED]
 
+    @DOORS
     @pytest.mark.parametrize("encoding", ["rex", "ds", "longest", "two_pages"])
-    def test_the_guest_goes_on_behind_the_instruction_however_it_is_encoded(self, encoding: str) -> None:
-        with guest("sequence") as (debugger, image, output):
+    def test_the_guest_goes_on_behind_the_instruction_however_it_is_encoded(self, encoding: str, thread: str) -> None:
+        with guest("sequence", thread=thread) as (debugger, image, output):
             at = symbols(image)
 
             def skip_this(trap: LiveTrap) -> None:
@@ -225,16 +237,18 @@ class TestShortCircuit:
             assert f"msr=c0000081 value={value:016x}" not in output.text
             assert f"msr=c0000081 value={value - 0x100000001:016x}" in output.text
 
+    @DOORS
     @pytest.mark.parametrize("order", [(True, False), (False, True)])
-    def test_the_later_event_decides(self, order: tuple[bool, bool]) -> None:
-        with guest("sequence") as (debugger, _, output):
+    def test_the_later_event_decides(self, order: tuple[bool, bool], thread: str) -> None:
+        with guest("sequence", thread=thread) as (debugger, _, output):
             for short_circuit in order:
                 debugger.on_msr_write(expected.LSTAR, short_circuit=short_circuit)
             finish(debugger)
             assert ("msr=c0000082 value=0000000000000000" in output.text) == order[-1]
 
-    def test_a_skipped_read_leaves_the_registers_alone(self) -> None:
-        with guest("sequence") as (debugger, _, output):
+    @DOORS
+    def test_a_skipped_read_leaves_the_registers_alone(self, thread: str) -> None:
+        with guest("sequence", thread=thread) as (debugger, _, output):
             debugger.on_msr_read("IA32_LSTAR", short_circuit=True)
             finish(debugger)
             # What the guest prints then is what EDX:EAX held before.
@@ -256,18 +270,20 @@ class TestShortCircuit:
 class TestModify:
     """Registers that a callback changes are what the guest goes on with."""
 
-    def test_a_changed_value_is_written(self) -> None:
-        with guest("sequence") as (debugger, _, output):
+    @DOORS
+    def test_a_changed_value_is_written(self, thread: str) -> None:
+        with guest("sequence", thread=thread) as (debugger, _, output):
 
             def change(trap: LiveTrap) -> None:
-                trap.value = 0x0123456789ABCDEF
+                trap.value = 0x0000456789ABCDEF
 
             debugger.on_msr_write(expected.LSTAR, change)
             finish(debugger)
-            assert "msr=c0000082 value=0123456789abcdef" in output.text
+            assert "msr=c0000082 value=0000456789abcdef" in output.text
 
-    def test_a_changed_msr_is_written_instead(self) -> None:
-        with guest("sequence") as (debugger, _, output):
+    @DOORS
+    def test_a_changed_msr_is_written_instead(self, thread: str) -> None:
+        with guest("sequence", thread=thread) as (debugger, _, output):
 
             def redirect(trap: LiveTrap) -> None:
                 trap.msr = 0xC0000084
@@ -278,8 +294,9 @@ class TestModify:
             # The guest reads the MSR that ECX holds then: the one that was really written.
             assert "msr=c0000082 value=ffff923344556677" in lines or "msr=c0000084 value=ffff923344556677" in lines
 
-    def test_later_events_see_the_change(self) -> None:
-        with guest("sequence") as (debugger, _, _):
+    @DOORS
+    def test_later_events_see_the_change(self, thread: str) -> None:
+        with guest("sequence", thread=thread) as (debugger, _, _):
 
             def change(trap: LiveTrap) -> None:
                 trap.value += 1
@@ -291,8 +308,9 @@ class TestModify:
             assert last.recording is not None
             assert [trap.value for trap in last.recording] == [0xFFFF923344556679] * 2
 
-    def test_a_read_value_is_changed_in_the_post_stage(self) -> None:
-        with guest("sequence") as (debugger, _, output):
+    @DOORS
+    def test_a_read_value_is_changed_in_the_post_stage(self, thread: str) -> None:
+        with guest("sequence", thread=thread) as (debugger, _, output):
 
             def change(trap: LiveTrap) -> None:
                 trap.value = 0xFEDCBA9876543210
@@ -327,8 +345,9 @@ class TestModify:
             rip = symbols(image)["dump_wrmsr"]
             assert found["rip"] == (rip if stage == Stage.PRE else rip + 2)
 
-    def test_a_callback_can_send_the_guest_elsewhere(self) -> None:
-        with guest("selfcheck", DUMP=1) as (debugger, image, output):
+    @DOORS
+    def test_a_callback_can_send_the_guest_elsewhere(self, thread: str) -> None:
+        with guest("selfcheck", thread=thread, DUMP=1) as (debugger, image, output):
             at = symbols(image)
 
             def detour(trap: LiveTrap) -> None:
@@ -353,8 +372,9 @@ class TestModify:
 class TestCallbacks:
     """Python in the path of a trap."""
 
-    def test_an_exception_reaches_the_caller_and_the_guest_goes_on(self) -> None:
-        with guest("sequence") as (debugger, image, output):
+    @DOORS
+    def test_an_exception_reaches_the_caller_and_the_guest_goes_on(self, thread: str) -> None:
+        with guest("sequence", thread=thread) as (debugger, image, output):
 
             def fail(trap: LiveTrap) -> None:
                 raise LookupError("mine")
@@ -367,9 +387,10 @@ class TestCallbacks:
             finish(debugger)
             assert "msr=c0000082 value=ffff923344556677" in output.text
 
+    @DOORS
     @pytest.mark.parametrize("stage", [Stage.PRE, Stage.POST])
-    def test_a_callback_can_halt_the_machine(self, stage: Stage) -> None:
-        with guest("sequence") as (debugger, image, output):
+    def test_a_callback_can_halt_the_machine(self, stage: Stage, thread: str) -> None:
+        with guest("sequence", thread=thread) as (debugger, image, output):
             debugger.on_msr_write(expected.LSTAR, lambda trap: trap.halt(), stage=stage)
             stop = debugger.run(timeout=60)
             assert stop.reason == StopReason.BREAK and stop.trap is not None and stop.trap.stage == stage
@@ -377,8 +398,9 @@ class TestCallbacks:
             finish(debugger)
             assert "msr=c0000082 value=ffff923344556677" in output.text
 
-    def test_memory(self) -> None:
-        with guest("selfcheck", DUMP=1) as (debugger, image, _):
+    @DOORS
+    def test_memory(self, thread: str) -> None:
+        with guest("selfcheck", thread=thread, DUMP=1) as (debugger, image, _):
             seen: list[bytes] = []
             rip = symbols(image)["dump_wrmsr"]
 
@@ -460,19 +482,21 @@ class TestBreak:
             assert without_read_values(log) == without_read_values(wanted)
             assert "bad " not in output.text
 
-    def test_registers_changed_at_a_break(self) -> None:
-        with guest("sequence") as (debugger, _, output):
+    @DOORS
+    def test_registers_changed_at_a_break(self, thread: str) -> None:
+        with guest("sequence", thread=thread) as (debugger, _, output):
             debugger.add(breaking())
             debugger.run(timeout=60)
             registers = debugger.registers()
-            registers["edx"], registers["eax"] = 0x01234567, 0x89ABCDEF
-            assert debugger.registers()["rdx"] & 0xFFFFFFFF == 0x01234567
+            registers["edx"], registers["eax"] = 0x00004567, 0x89ABCDEF
+            assert debugger.registers()["rdx"] & 0xFFFFFFFF == 0x00004567
             finish(debugger)
-            assert "msr=c0000082 value=0123456789abcdef" in output.text
+            assert "msr=c0000082 value=0000456789abcdef" in output.text
 
+    @DOORS
     @pytest.mark.parametrize("skip", [True, False])
-    def test_short_circuit_decided_at_a_break(self, skip: bool) -> None:
-        with guest("sequence") as (debugger, _, output):
+    def test_short_circuit_decided_at_a_break(self, skip: bool, thread: str) -> None:
+        with guest("sequence", thread=thread) as (debugger, _, output):
             event = breaking()
             event.short_circuit = not skip
             debugger.add(event)
@@ -483,15 +507,17 @@ class TestBreak:
             assert ("msr=c0000082 value=0000000000000000" in output.text) == skip
             assert debugger.hits(later) == 1
 
-    def test_nothing_to_decide_after_the_instruction(self) -> None:
-        with guest("sequence") as (debugger, _, _):
+    @DOORS
+    def test_nothing_to_decide_after_the_instruction(self, thread: str) -> None:
+        with guest("sequence", thread=thread) as (debugger, _, _):
             debugger.add(breaking(stage=Stage.POST))
             debugger.run(timeout=60)
             with pytest.raises(VmexitError, match="nothing to decide"):
                 debugger.decide(True)
 
-    def test_an_earlier_event_acts_before_and_a_later_one_after_the_break(self) -> None:
-        with guest("sequence") as (debugger, _, _):
+    @DOORS
+    def test_an_earlier_event_acts_before_and_a_later_one_after_the_break(self, thread: str) -> None:
+        with guest("sequence", thread=thread) as (debugger, _, _):
             before = debugger.on_msr_write(expected.LSTAR)
             debugger.add(breaking())
             after = debugger.on_msr_write(expected.LSTAR)
@@ -503,8 +529,9 @@ class TestBreak:
             assert after.recording is not None
             assert [trap.value & 0xFFFFFFFF for trap in after.recording] == [5]
 
-    def test_events_changed_while_halted_hold_from_the_next_instruction_on(self) -> None:
-        with guest("sequence") as (debugger, _image, _):
+    @DOORS
+    def test_events_changed_while_halted_hold_from_the_next_instruction_on(self, thread: str) -> None:
+        with guest("sequence", thread=thread) as (debugger, _image, _):
             first = debugger.add(breaking())
             debugger.run(timeout=60)
             debugger.clear(first)
@@ -528,8 +555,9 @@ class TestBreak:
             assert stop.exit_status == OK_STATUS
             assert log == {0: list(range(count, 0, -1)), 1: list(range(count, 0, -1))}
 
-    def test_breaks_between_interrupts(self) -> None:
-        with guest("irq", COUNT=60, IRQS=5) as (debugger, _image, output):
+    @DOORS
+    def test_breaks_between_interrupts(self, thread: str) -> None:
+        with guest("irq", thread=thread, COUNT=60, IRQS=5) as (debugger, _image, output):
             debugger.add(breaking(expected.STAR, stage=Stage.ALL))
             pre: list[int] = []
             post: list[int] = []
@@ -541,8 +569,9 @@ class TestBreak:
             assert counts["bad"] == "0" * 16
             assert pre == post == list(range(1, int(counts["writes"], 16) + 1))
 
-    def test_a_running_machine_is_paused_and_gone_on_with(self) -> None:
-        with guest("hang") as (debugger, _, _output):
+    @DOORS
+    def test_a_running_machine_is_paused_and_gone_on_with(self, thread: str) -> None:
+        with guest("hang", thread=thread) as (debugger, _, _output):
             for _ in range(20):
                 debugger.go()
                 deadline = time.monotonic() + 10
@@ -551,8 +580,9 @@ class TestBreak:
                 assert time.monotonic() < deadline
                 assert debugger.stop is not None and debugger.stop.reason == StopReason.PAUSED
 
-    def test_a_running_machine_gives_no_registers(self) -> None:
-        with guest("hang") as (debugger, _, _):
+    @DOORS
+    def test_a_running_machine_gives_no_registers(self, thread: str) -> None:
+        with guest("hang", thread=thread) as (debugger, _, _):
             debugger.go()
             with pytest.raises(RequestError, match="halt it first"):
                 debugger.registers()
@@ -564,9 +594,10 @@ class TestBreak:
 class TestOverflow:
     """Records that come faster than they are taken."""
 
-    def test_waiting_loses_nothing(self) -> None:
+    @DOORS
+    def test_waiting_loses_nothing(self, thread: str) -> None:
         count = 60_000
-        with guest("loop", COUNT=count) as (debugger, _, _):
+        with guest("loop", thread=thread, COUNT=count) as (debugger, _, _):
             event = debugger.on_msr_write(expected.STAR, keep=1000)
             debugger.go()
             time.sleep(0.5)  # nobody takes anything
@@ -576,11 +607,12 @@ class TestOverflow:
             assert event.recording is not None
             assert event.recording.forgotten + len(event.recording) == count
 
-    def test_dropping_is_counted(self) -> None:
+    @DOORS
+    def test_dropping_is_counted(self, thread: str) -> None:
         from vmexit import Overflow
 
         count = 200_000
-        with guest("loop", COUNT=count) as (debugger, _, _):
+        with guest("loop", thread=thread, COUNT=count) as (debugger, _, _):
             debugger.set_overflow(Overflow.DROP)
             debugger.on_msr_write(expected.STAR)
             debugger.go()
@@ -596,13 +628,14 @@ class TestEnd:
     def test_closing_ends_qemu(self) -> None:
         with guest("hang") as (debugger, _, _):
             debugger.go()
-            pid = debugger.target.pid  # type: ignore[attr-defined]
+            pid = debugger.target.pid
             os.kill(pid, 0)
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
 
-    def test_closing_while_a_vcpu_waits_for_room(self) -> None:
-        with guest("loop", COUNT=10_000_000) as (debugger, _, _):
+    @DOORS
+    def test_closing_while_a_vcpu_waits_for_room(self, thread: str) -> None:
+        with guest("loop", thread=thread, COUNT=10_000_000) as (debugger, _, _):
             debugger.on_msr_write(expected.STAR)
             debugger.go()
             time.sleep(0.5)
@@ -613,14 +646,15 @@ class TestEnd:
         with guest("hang") as (debugger, _, _):
             debugger.on_msr_write(expected.STAR)
             debugger.run(timeout=0.2)
-            os.kill(debugger.target.pid, signal.SIGKILL)  # type: ignore[attr-defined]
+            os.kill(debugger.target.pid, signal.SIGKILL)
             stop = debugger.run(timeout=30)
             assert (stop.reason, stop.exit_status) == (StopReason.ENDED, -signal.SIGKILL)
 
-    def test_a_halted_machine_killed_from_outside(self) -> None:
-        with guest("hang") as (debugger, _, _):
+    @DOORS
+    def test_a_halted_machine_killed_from_outside(self, thread: str) -> None:
+        with guest("hang", thread=thread) as (debugger, _, _):
             debugger.run(timeout=0.2)
-            os.kill(debugger.target.pid, signal.SIGKILL)  # type: ignore[attr-defined]
+            os.kill(debugger.target.pid, signal.SIGKILL)
             deadline = time.monotonic() + 10
             while debugger.state != State.ENDED and time.monotonic() < deadline:
                 debugger.pump(0.05)

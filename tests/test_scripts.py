@@ -322,7 +322,7 @@ class TestOutput:
                 event = debugger.on_msr_write(0xC0000081, script=f".n = .n + {number:x};")
                 debugger.pump(0.001)
                 debugger.clear(event)
-            maps = Path(f"/proc/{debugger.target.pid}/maps").read_text()  # type: ignore[attr-defined]
+            maps = Path(f"/proc/{debugger.target.pid}/maps").read_text()
             assert maps.count("vmexit-script") <= 4
             debugger.wait_until_halted()
 

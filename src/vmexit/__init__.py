@@ -33,7 +33,9 @@ __all__ = [
     "Trap",
     "VmexitError",
     "__version__",
+    "attach",
     "launch",
+    "launch_vmm",
 ]
 
 # Loaded when they are first asked for, so that "vmexit --version" need not wait for numpy, capstone and QMP.
@@ -67,13 +69,40 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def launch(arguments: Sequence[str], *, qemu: str = "qemu-system-x86_64", output: OutputTo | None = None) -> Debugger:
+def launch(
+    arguments: Sequence[str],
+    *,
+    qemu: str = "qemu-system-x86_64",
+    accelerator: str = "tcg",
+    output: OutputTo | None = None,
+) -> Debugger:
     """Starts QEMU with these arguments and gives its debugger; the machine is halted before its first instruction.
 
-    ``output(stream, data)`` gets what QEMU writes to "stdout" and "stderr", from threads of their own; None: it goes to the
-    caller's own. Raises UsageError or TargetError, with the reason in one line, where QEMU cannot be started or be trapped in.
+    ``accelerator``: "tcg", the guest is emulated, or "kvm". ``output(stream, data)`` gets what QEMU writes to "stdout" and
+    "stderr", from threads of their own; None: it goes to the caller's own. Raises UsageError or TargetError, with the reason in
+    one line, where QEMU cannot be started or be trapped in.
     """
     from vmexit.debugger import Debugger
     from vmexit.targets.qemu import Qemu
 
-    return Debugger(Qemu(arguments, qemu=qemu, output=output))
+    return Debugger(Qemu(arguments, qemu=qemu, accelerator=accelerator, output=output))
+
+
+def launch_vmm(program: str, arguments: Sequence[str], *, output: OutputTo | None = None) -> Debugger:
+    """Starts another VMM that uses KVM, and gives its debugger; as ``launch``. It must be linked dynamically."""
+    from vmexit.debugger import Debugger
+    from vmexit.targets.kvm import Vmm
+
+    return Debugger(Vmm(program, arguments, output=output))
+
+
+def attach(pid: int) -> Debugger:
+    """The debugger of a machine that runs already, in the VMM with that process number, and that runs on, with and after it.
+
+    ``run()``, ``traps()`` and ``wait_until_halted()`` halt it when they return; ``pump()`` does not. Raises TargetError, with the
+    reason and what would help in one line, where there is no getting in.
+    """
+    from vmexit.debugger import Debugger
+    from vmexit.targets.attach import Attached
+
+    return Debugger(Attached(pid))

@@ -1,4 +1,4 @@
-"""The ``vmexit`` command: run, eval, msr, demo, doctor."""
+"""The ``vmexit`` command: run, attach, eval, msr, demo, doctor."""
 
 from __future__ import annotations
 
@@ -51,23 +51,32 @@ def _parser(action: str) -> argparse.ArgumentParser:
 
     run = actions.add_parser(
         "run",
-        help="start a guest in QEMU and debug it",
-        usage="vmexit run [options] -- QEMU ARGUMENTS",
-        description="Starts QEMU with these arguments and the agent in it. The machine is halted before its first instruction.",
+        help="start a guest in QEMU, or another VMM, and debug it",
+        usage="vmexit run [options] -- ARGUMENTS",
+        description="Starts QEMU (or what --vmm names) with these arguments and the agent in it. The machine is halted before "
+        "its first instruction.",
         epilog="With commands (-x, --script) or --batch the guest then starts by itself, unless QEMU's -S is among its "
         "arguments. Without --batch the console opens.",
         allow_abbrev=False,
     )
-    run.set_defaults(given=None)
-    run.add_argument("-x", dest="x", action=_Given, metavar="COMMAND", help="carry out a command first; can be repeated")
-    run.add_argument("--script", dest="script", action=_Given, metavar="FILE", help="carry out the commands of a file first")
-    run.add_argument("--batch", action="store_true", help="no console: print everything, never wait, leave when the guest does")
+    _add_session_options(run)
     run.add_argument("--qemu", metavar="PATH", default=_DEFAULT_QEMU, help=f"the QEMU to start (default: {_DEFAULT_QEMU})")
+    run.add_argument(
+        "--accel", choices=("tcg", "kvm"), default="tcg", help="how QEMU runs the guest: emulated (tcg, the default), or by KVM"
+    )
+    run.add_argument("--vmm", metavar="PROGRAM", help="another VMM that uses KVM, instead of QEMU; it must be linked dynamically")
 
-    kernel = run.add_mutually_exclusive_group()
-    kernel.add_argument("--kernel-image", dest="image", metavar="FILE", type=Path, help="the guest's Linux kernel (bzImage)")
-    kernel.add_argument("--vmlinux", dest="image", metavar="FILE", type=Path, help="the same, unpacked")
-    run.add_argument("--system-map", metavar="FILE", type=Path, help="its System.map; none of them is needed as a rule")
+    attach = actions.add_parser(
+        "attach",
+        help="debug a guest that runs already",
+        usage="vmexit attach [options] [PID]",
+        description="Loads the agent into the VMM with that process number, without the guest noticing, or finds it there. "
+        "Without a number the machines are listed.",
+        epilog="The machine runs on when vmexit ends, as it did before.",
+        allow_abbrev=False,
+    )
+    _add_session_options(attach)
+    attach.add_argument("pid", metavar="PID", nargs="?", type=_pid, help="of the VMM, as ps and 'vmexit attach' show it")
 
     evaluate = actions.add_parser("eval", help="compile and run a script without any machine", allow_abbrev=False)
     if action == "eval":
@@ -94,6 +103,25 @@ def _parser(action: str) -> argparse.ArgumentParser:
     )
     doctor.add_argument("--qemu", metavar="PATH", help="the QEMU to look at")
     return parser
+
+
+def _add_session_options(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(given=None)
+    parser.add_argument("-x", dest="x", action=_Given, metavar="COMMAND", help="carry out a command first; can be repeated")
+    parser.add_argument("--script", dest="script", action=_Given, metavar="FILE", help="carry out the commands of a file first")
+    parser.add_argument(
+        "--batch", action="store_true", help="no console: print everything, never wait, leave when the guest does"
+    )
+    kernel = parser.add_mutually_exclusive_group()
+    kernel.add_argument("--kernel-image", dest="image", metavar="FILE", type=Path, help="the guest's Linux kernel (bzImage)")
+    kernel.add_argument("--vmlinux", dest="image", metavar="FILE", type=Path, help="the same, unpacked")
+    parser.add_argument("--system-map", metavar="FILE", type=Path, help="its System.map; none of them is needed as a rule")
+
+
+def _pid(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 0 < int(text) < 1 << 31:
+        raise argparse.ArgumentTypeError(f"{text!r} is no process number")
+    return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -136,7 +164,12 @@ def _main(argv: list[str]) -> int:
         case "run":
             if not has_rest:
                 raise UsageError("QEMU's arguments are missing: vmexit run [options] -- QEMU ARGUMENTS")
-            return _run(parsed, argv[split + 1 :])
+            if parsed.vmm is not None and parsed.qemu != _DEFAULT_QEMU:
+                raise UsageError("--vmm and --qemu: one of them is started, not both")
+            return _run(parsed, arguments=argv[split + 1 :], qemu=parsed.qemu, accelerator=parsed.accel, vmm=parsed.vmm)
+        case "attach":
+            pid = _chosen() if parsed.pid is None else parsed.pid
+            return 0 if pid is None else _run(parsed, pid=pid)
         case "eval":
             from vmexit.script.evaluate import main_eval
 
@@ -154,7 +187,7 @@ def _main(argv: list[str]) -> int:
             print(doctor.render(results), flush=True)
             return FAILED_STATUS if any(check.ok is False for check in results) else 0
         case _:
-            raise UsageError("what to do? run, eval, msr, demo or doctor (see vmexit --help)")
+            raise UsageError("what to do? run, attach, eval, msr, demo or doctor (see vmexit --help)")
 
 
 def _msr(words: list[str]) -> int:
@@ -172,7 +205,35 @@ def _msr(words: list[str]) -> int:
     return 0
 
 
-def _run(parsed: argparse.Namespace, arguments: list[str]) -> int:
+def _chosen() -> int | None:
+    """Lists the machines; the process number that a person has chosen, None where there is nobody to choose, or nothing."""
+    from vmexit.targets.attach import machines
+
+    found = machines()
+    if not found:
+        raise VmexitError("there is no virtual machine here that KVM runs, or that vmexit was in (other users' are not seen)")
+    print(f"{'PID':>8}  {'NAME':24}  {'VCPUS':>5}  {'MEMORY':>9}")
+    for machine in found:
+        vcpus = str(machine.vcpus) if machine.vcpus else "?"
+        how = "" if machine.kvm else "  (emulated, with the agent)"
+        print(f"{machine.pid:>8}  {machine.name:24.24}  {vcpus:>5}  {machine.memory >> 20:>6} MB{how}", flush=True)
+    if not (os.isatty(0) and os.isatty(1)):
+        return None
+    try:
+        typed = input("attach to which PID? ").strip()
+    except EOFError:
+        return None
+    return _pid_typed(typed) if typed else None
+
+
+def _pid_typed(text: str) -> int:
+    try:
+        return _pid(text)
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(str(error)) from None
+
+
+def _run(parsed: argparse.Namespace, **options: Any) -> int:
     from vmexit.console.run import Options, run
     from vmexit.console.screen import OutputGoneError
     from vmexit.guest.linux.recognise import Help
@@ -182,7 +243,8 @@ def _run(parsed: argparse.Namespace, arguments: list[str]) -> int:
             raise UsageError(f"there is no file {path}")
     commands = [command for kind, value in parsed.given or [] for command in _given(kind, value)]
     try:
-        return run(Options(arguments, commands, parsed.batch, parsed.qemu, Help(parsed.image, parsed.system_map)))
+        given = Help(parsed.image, parsed.system_map)
+        return run(Options(commands=commands, batch=parsed.batch, given=given, **options))
     except OutputGoneError as gone:
         if isinstance(gone.error, BrokenPipeError):
             return _broken_pipe()

@@ -104,7 +104,7 @@ class Debugger:
     """
 
     def __init__(self, target: Target) -> None:
-        """Takes over the target, which is halted before its first instruction, and ends it with itself."""
+        """Takes over the target, and closes it with itself: what vmexit has started is ended then, what it has found goes on."""
         self.target = target
         self.events = EventTable()
         self.summary = Summary()
@@ -137,6 +137,10 @@ class Debugger:
         self._answered = False
         self._look_for_notices = 0.0
         self._error: BaseException | None = None
+        if target.found_running is not None:
+            self._note_start()
+            self.stop = None if target.found_running else Stop(StopReason.PAUSED)
+            self.state = State.RUNNING if target.found_running else State.HALTED
 
     # ---- coming and going ----
 
@@ -146,8 +150,15 @@ class Debugger:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
+    def detach(self) -> None:
+        """Lets go of the machine, which runs on by itself. Another debugger can attach to it."""
+        with self.lock:
+            self._check_alive()
+            self.state = State.ENDED
+            self.target.detach()
+
     def close(self) -> None:
-        """Ends the machine. Nothing of it is left behind."""
+        """Ends a machine that vmexit has started, and nothing of it is left behind; lets go of any other."""
         with self.lock:
             self.state = State.ENDED
             self.target.close()
@@ -159,7 +170,7 @@ class Debugger:
         with self.lock:
             event.check()
             self._check_alive()
-            check(event, self.target.link.capabilities, self.target.vcpus, self.target.name)
+            check(event, self.target.link.capabilities, self.target.vcpus, self.target.name, self.target.untrappable)
             self.events.add(event)
             self._rings.clear_hits(event.slot)
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from vmexit.errors import LinkError, VmexitError
 from vmexit.events.event import Event, EventError
@@ -12,6 +13,7 @@ from vmexit.link.client import Link, RequestError
 from vmexit.link.wire import Action, Capability, EventFlag, EventState, Stage, Status
 from vmexit.script.compile import CompiledScript
 from vmexit.script.runtime import sealed_file
+from vmexit.targets.base import Untrappable
 
 _TRIES = 1000
 
@@ -41,7 +43,7 @@ def needed(event: Event) -> Capability:
     return capabilities
 
 
-def check(event: Event, capabilities: Capability, vcpus: int, target: str) -> None:
+def check(event: Event, capabilities: Capability, vcpus: int, target: str, untrappable: Sequence[Untrappable] = ()) -> None:
     """Raises VmexitError, with the reason, for an event that this machine cannot run; EventError where one option is to blame."""
     missing = needed(event) & ~capabilities
     for capability, (what, option) in _NEEDS.items():
@@ -54,6 +56,11 @@ def check(event: Event, capabilities: Capability, vcpus: int, target: str) -> No
     if event.core is not None and event.core >= vcpus:
         there = "only core 0" if vcpus == 1 else f"cores 0 to {vcpus - 1:x}"
         raise EventError("core", f"there is no core {event.core:x}; this machine has {there}")
+    for msrs in () if event.msrs.left_out is not None else untrappable:
+        for first, last in event.msrs.ranges:
+            if first <= msrs.last and msrs.first <= last:
+                named = max(first, msrs.first)
+                raise EventError("msr", f"MSR {named:x} cannot be trapped in {target}: {msrs.reason}")
     if len(event.msrs.ranges) > wire.MAX_RANGES:
         raise VmexitError(f"an event can name {wire.MAX_RANGES} separate ranges of MSRs, not {len(event.msrs.ranges)}")
 

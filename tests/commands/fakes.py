@@ -20,7 +20,7 @@ from vmexit.link import wire
 from vmexit.link.client import Link, RequestError
 from vmexit.link.rings import Records, joined
 from vmexit.link.wire import Access, Action, Capability, RecordFlag, Stage, Status, constant
-from vmexit.targets.base import Notice, NoticeKind
+from vmexit.targets.base import Notice, NoticeKind, Untrappable
 
 PAGE = 0x1000
 EVERYTHING = Capability(sum(Capability))
@@ -170,6 +170,11 @@ class FakeTarget:
     """A machine that halts at once when it is asked to."""
 
     name = "FakeMachine 1.0"
+    vmm = "QEMU"
+    untrappable: tuple[Untrappable, ...] = ()
+    found_running: bool | None = None
+    wants_halted = False
+    pid = 4711
 
     def __init__(self, vcpus: int = 2) -> None:
         self.vcpus = vcpus
@@ -205,6 +210,9 @@ class FakeTarget:
     def notices(self) -> list[Notice]:
         notices, self.pending = self.pending, []
         return notices
+
+    def detach(self) -> None:
+        self.link.close()
 
     def close(self) -> None:
         self.link.close()

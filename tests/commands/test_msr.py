@@ -10,6 +10,7 @@ from tests.commands.fakes import EVERYTHING, Typist
 from vmexit.events.event import Event
 from vmexit.events.msrs import LAST_MSR, UNNAMED_READS, UNNAMED_WRITES, MsrSet
 from vmexit.link.wire import Access, Action, Capability, Stage
+from vmexit.targets.base import Untrappable
 
 
 def made(typist: Typist, line: str) -> Event:
@@ -300,3 +301,12 @@ def test_what_the_machine_cannot_do(typist: Typist, line: str, missing: Capabili
     first, _, mark = typist.fails(line).split("\n")
     assert first.startswith(message)
     assert mark == " " * line.index(marked) + "^" + "~" * (len(marked) - 1)
+
+
+def test_what_a_machine_never_lets_trap_is_told_once_and_refused_when_named(typist: Typist) -> None:
+    typist.target.untrappable = (Untrappable(0x6E0, 0x6E0, "too quick"), Untrappable(0x800, 0x8FF, "too private"))
+    shown = typist.types("!msrwrite log")
+    assert "never trapped in this machine: 6e0 (too quick)\nnever trapped in this machine: 800 to 8ff (too private)" in shown
+    assert "never trapped" not in typist.types("!msrread log")
+    assert "MSR 830 cannot be trapped in FakeMachine 1.0: too private" in typist.fails("!msrwrite 830")
+    made(typist, "!msrwrite 6e1")

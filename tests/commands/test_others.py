@@ -177,3 +177,9 @@ def test_the_only_core() -> None:
     assert typist.fails("~ 1").startswith("there is no core 1 (there is only core 0)")
     assert typist.types("~") == "current core: 0 (there are 1)"
     typist.close()
+
+
+def test_detach(typist: Typist) -> None:
+    assert typist.types("detach") == "detached; 'vmexit attach 4711' comes back"
+    assert typist.driver.done == ["leave"]
+    assert typist.link.closed

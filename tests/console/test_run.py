@@ -386,7 +386,7 @@ def test_a_job_in_the_background_ignores_ctrl_c_as_it_should(hang: list[str]) ->
 @pytest.mark.parametrize(
     ("arguments", "status", "error"),
     [
-        (["-accel", "kvm"], 2, "-accel kvm: vmexit traps in an emulated guest (TCG)"),
+        (["-accel", "kvm"], 2, "-accel kvm: to trap in a guest that KVM runs, say --accel kvm before the --"),
         (["-bogus"], 1, "QEMU did not start: -bogus: invalid option"),
         (["-machine", "toaster"], 1, "QEMU did not start: unsupported machine type"),
     ],

@@ -288,31 +288,39 @@ static void publish_interest(const struct table *table)
         __atomic_store_n(&core_interest[i], interest[i], __ATOMIC_RELAXED);
 }
 
-/* False: scripts have changed events since the debugger last looked, so it does not know what it replaces. */
-static bool exchange_tables(struct table *table, uint64_t changes)
+/* A door that traps no more than is wanted has to know what that is. Under the lock, so that it hears of changes in their order. */
+static int tell_door(const struct table *table)
 {
+    return core.door->set_events ? core.door->set_events(table->events, table->count) : VMEXIT_OK;
+}
+
+/* VMEXIT_STALE: scripts have changed events since the debugger last looked, so it does not know what it replaces. */
+static int exchange_tables(struct table *table, uint64_t changes)
+{
+    int status = VMEXIT_STALE;
     pthread_mutex_lock(&core.change_lock);
-    bool is_known = changes == core.changes;
-    if (is_known) {
+    if (changes == core.changes) {
         __atomic_store_n(&core.table, table, __ATOMIC_SEQ_CST);
         publish_interest(table);
         memset(core.shared->states, 0, sizeof core.shared->states);
+        status = tell_door(table);
     }
     pthread_mutex_unlock(&core.change_lock);
-    return is_known;
+    return status;
 }
 
-static bool replace_table(struct table *table, uint64_t changes)
+static int replace_table(struct table *table, uint64_t changes)
 {
     struct table *old = core.table;
-    if (!exchange_tables(table, changes))
-        return false;
+    int status = exchange_tables(table, changes);
+    if (status == VMEXIT_STALE)
+        return status;
     if (old != &no_events) {
         old->retired = core.retired;
         core.retired = old;
     }
     free_retired_tables();
-    return true;
+    return status;
 }
 
 int core_set_events(const struct vmexit_event *events, size_t count, uint64_t changes)
@@ -328,10 +336,10 @@ int core_set_events(const struct vmexit_event *events, size_t count, uint64_t ch
     struct table *table = make_table(events, count);
     if (table == NULL)
         return VMEXIT_UNAVAILABLE;
-    if (replace_table(table, changes))
-        return VMEXIT_OK;
-    free_table(table);
-    return VMEXIT_STALE;
+    int status = replace_table(table, changes);
+    if (status == VMEXIT_STALE)
+        free_table(table);
+    return status;
 }
 
 static struct vmexit_event *event_of(const struct table *table, uint32_t id)
@@ -367,6 +375,8 @@ bool core_change_event(const struct trap *trap, uint32_t id, unsigned state)
         __atomic_store_n(&core.shared->states[event->slot], (uint8_t)state, __ATOMIC_RELAXED);
         __atomic_store_n(&core.changes, core.changes + 1, __ATOMIC_RELAXED);
         __atomic_store_n(&core.shared->changes, core.changes, __ATOMIC_RELEASE);
+        if (state == VMEXIT_STATE_ENABLED)
+            tell_door(core.table);
     }
     pthread_mutex_unlock(&core.change_lock);
     return event != NULL;
@@ -588,6 +598,12 @@ bool core_is_asking(unsigned vcpu)
     return vcpu < core.vcpu_count && __atomic_load_n(&core.vcpus[vcpu].asking, __ATOMIC_ACQUIRE);
 }
 
+bool core_is_waiting(unsigned vcpu)
+{
+    return core_is_asking(vcpu) ||
+           (vcpu < core.vcpu_count && __atomic_load_n(&core.vcpus[vcpu].ring->waiting, __ATOMIC_ACQUIRE) != 0);
+}
+
 /* ---- events ---- */
 
 static bool has_msr(const struct vmexit_event *event, uint32_t msr)
@@ -706,7 +722,7 @@ uint64_t core_attach(void)
 void core_detach(void)
 {
     __atomic_fetch_add(&core.session, 1, __ATOMIC_SEQ_CST);
-    while (!replace_table(&no_events, __atomic_load_n(&core.changes, __ATOMIC_RELAXED)))
+    while (replace_table(&no_events, __atomic_load_n(&core.changes, __ATOMIC_RELAXED)) == VMEXIT_STALE)
         ; /* a script has just changed an event */
     core_set_overflow_drop(false);
     for (unsigned i = 0; i < core.vcpu_count; i++)

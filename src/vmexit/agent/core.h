@@ -62,6 +62,12 @@ struct door {
     int (*decide)(unsigned vcpu, bool skip);
     /* Lets a machine run that the debugger had halted and can no longer let run itself. */
     void (*resume)(void);
+
+    /* The following may be null. The events are these from now on; a vCPU's thread says so where a script has enabled one. */
+    int (*set_events)(const struct vmexit_event *events, size_t count);
+    /* Halts the machine or lets it run; each time that it does, whoever wanted it, the door calls link_announce_machine. */
+    int (*set_halted)(bool halted);
+    bool (*is_running)(void);
 };
 
 /* Prepares `vcpus` rings; once, before the first trap. False where memory is short. */
@@ -75,6 +81,8 @@ int core_vcpu_eventfd(unsigned vcpu);
 void core_vcpu_up(unsigned vcpu);
 /* True while the vCPU waits for the debugger's answer: then its registers may be read from another thread. */
 bool core_is_asking(unsigned vcpu);
+/* True while the vCPU waits for the debugger, for an answer or for room. */
+bool core_is_waiting(unsigned vcpu);
 
 /* The link's half: replace all events, choose what a full ring does, and let go when the debugger is gone. */
 int core_set_events(const struct vmexit_event *events, size_t count, uint64_t changes);
@@ -112,6 +120,7 @@ enum verdict core_post(struct trap *trap);
 bool link_is_listening(int fd);
 bool link_start(int listening_fd);
 void link_announce_vcpu(unsigned vcpu);
+void link_announce_machine(bool running);
 /* The door has halted the machine for a break: resume it if the debugger dies. */
 void link_machine_held(void);
 

@@ -79,6 +79,20 @@ void link_announce_vcpu(unsigned vcpu)
     pthread_mutex_unlock(&server.lock);
 }
 
+static void announce_machine(bool running, int flags)
+{
+    struct vmexit_message message = {.magic = VMEXIT_WIRE_MAGIC, .type = VMEXIT_MACHINE, .argument = running};
+    send_with(server.client, &message, NULL, NULL, 0, flags);
+}
+
+void link_announce_machine(bool running)
+{
+    pthread_mutex_lock(&server.lock);
+    if (server.client >= 0 && server.greeted)
+        announce_machine(running, MSG_DONTWAIT);
+    pthread_mutex_unlock(&server.lock);
+}
+
 /* ---- what the debugger asks for ---- */
 
 static void greet(void)
@@ -100,6 +114,11 @@ static void greet(void)
     /* More than some 270 do not fit into the socket; then the rest waits until the debugger reads. */
     for (unsigned vcpu = 0; vcpu < core_vcpus(); vcpu++)
         announce(vcpu, 0);
+    /* The last word of the greeting, and in order with what comes later. */
+    pthread_mutex_lock(&server.lock);
+    if (door->is_running)
+        announce_machine(door->is_running(), 0);
+    pthread_mutex_unlock(&server.lock);
 }
 
 static void hello_asked(void)
@@ -174,6 +193,10 @@ static int change(const struct vmexit_message *message)
         if (flag)
             __atomic_store_n(&server.held, message->argument, __ATOMIC_SEQ_CST);
         return flag ? VMEXIT_OK : VMEXIT_REFUSED;
+    case VMEXIT_HALT:
+        if (flag && core_door()->set_halted == NULL)
+            return VMEXIT_UNAVAILABLE;
+        return flag ? core_door()->set_halted(message->argument) : VMEXIT_REFUSED;
     case VMEXIT_DECIDE:
         return flag ? core_door()->decide(message->vcpu, message->argument) : VMEXIT_REFUSED;
     case VMEXIT_SET_REGISTER:
@@ -320,9 +343,10 @@ static void *run(void *unused)
         /* One that is gone must not keep the next one out by what it still had to say. */
         while (server.client >= 0 && fds[2].revents & POLLHUP)
             listen_to_debugger();
+        /* Before the next one comes, which would find a machine halted that nobody has halted for it. */
+        resume_orphan();
         if (fds[0].revents)
             welcome();
-        resume_orphan();
     }
     return NULL;
 }

@@ -5,6 +5,9 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+/* So many tables are worth a search, where a vCPU waits for it. */
+enum { PAGING_MANY_TABLES = 4096 };
+
 /* Where to walk: control registers as the processor has them, and a way to guest-physical memory. */
 struct paging {
     uint64_t cr0;

@@ -5,6 +5,7 @@
 #include <dlfcn.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "script.h"
 #include "wire.h"
@@ -73,7 +74,7 @@ uint32_t qemu_capabilities(void)
            (precise ? VMEXIT_CAN_READ | VMEXIT_CAN_MODIFY | VMEXIT_CAN_SKIP : 0) |
            (precise && async_run_on_cpu ? VMEXIT_CAN_POST : 0) |
            (precise && vm_stop && vm_start && runstate_is_running ? VMEXIT_CAN_BREAK : 0) |
-           (memory ? VMEXIT_CAN_MEMORY | VMEXIT_CAN_MEMORY_WRITE : 0);
+           (memory ? VMEXIT_CAN_MEMORY | VMEXIT_CAN_MEMORY_WRITE : 0) | (qemu_can_halt() ? VMEXIT_CAN_HALT : 0);
 }
 
 bool qemu_init(unsigned vcpus)
@@ -371,3 +372,39 @@ void qemu_unlock(void)
     else if (qemu_mutex_unlock_iothread)
         qemu_mutex_unlock_iothread();
 }
+
+/* ---- halting ---- */
+
+bool qemu_can_halt(void)
+{
+    return vm_stop && vm_start && runstate_is_running && qemu_add_vm_change_state_handler && qemu_system_vmstop_request &&
+           qemu_system_vmstop_request_prepare && (bql_lock_impl || qemu_mutex_lock_iothread_impl);
+}
+
+void qemu_halt(void)
+{
+    if (!qemu_is_running())
+        return;
+    qemu_system_vmstop_request_prepare();
+    qemu_system_vmstop_request(RUN_STATE_PAUSED);
+}
+
+void qemu_resume(void)
+{
+    /* A stop that a vCPU has just asked for takes QEMU's main loop a moment; a start before that would leave the vCPU behind. */
+    const struct timespec moment = {.tv_nsec = 1000000};
+    for (int tries = 0; tries < 2000 && qemu_is_running(); tries++)
+        nanosleep(&moment, NULL);
+    qemu_lock();
+    if (!qemu_is_running())
+        vm_start();
+    qemu_unlock();
+}
+
+static void on_state(void *told, bool running, int state)
+{
+    (void)state;
+    ((void (*)(bool))told)(running);
+}
+
+void qemu_watch_state(void (*told)(bool running)) { qemu_add_vm_change_state_handler(on_state, (void *)told); }

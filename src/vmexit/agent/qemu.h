@@ -9,6 +9,7 @@
 #include "qemu_plugin.h"
 
 enum { RFLAGS_VM = 1 << 17, CR0_PE = 1 };
+enum { RUN_STATE_PAUSED = 4 }; /* QEMU, qapi/run-state.json */
 
 /* The newest plugin API version that both this QEMU and the agent know; found without help, before QEMU looks at the plugin. */
 unsigned qemu_api(void);
@@ -54,6 +55,14 @@ bool qemu_write_system_register(unsigned vcpu, unsigned number, uint64_t value);
 
 bool qemu_access_memory(unsigned vcpu, bool physical, bool write, uint64_t address, void *bytes, uint32_t length);
 bool qemu_is_running(void);
+/* Whether the following can be called: on a thread of the agent's, or before the machine begins. */
+bool qemu_can_halt(void);
+/* Asks QEMU to pause the machine; it does so in a moment. */
+void qemu_halt(void);
+/* Waits for a pause that was asked for, and lets the machine run. */
+void qemu_resume(void);
+/* From now on this is called, by a thread of QEMU's, whenever the machine begins to run or is halted, whoever wanted it. */
+void qemu_watch_state(void (*told)(bool running));
 void qemu_lock(void);
 void qemu_unlock(void);
 

@@ -95,6 +95,9 @@ void async_run_on_cpu(void *cpu, void (*func)(void *, void *), void *data) IF_PR
 int vm_stop(int state) IF_PRESENT;
 void vm_start(void) IF_PRESENT;
 bool runstate_is_running(void) IF_PRESENT;
+void qemu_system_vmstop_request_prepare(void) IF_PRESENT;
+void qemu_system_vmstop_request(int state) IF_PRESENT;
+void *qemu_add_vm_change_state_handler(void (*func)(void *, bool, int), void *opaque) IF_PRESENT;
 uint32_t cpu_cc_compute_all(void *env, int op) IF_PRESENT;
 void cpu_load_eflags(void *env, int eflags, int update_mask) IF_PRESENT;
 uint32_t address_space_rw(void *as, uint64_t addr, uint64_t attrs, void *buf, uint64_t len, bool is_write) IF_PRESENT;

@@ -7,29 +7,14 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "core.h"
+#include "hold.h"
 #include "paging.h"
 #include "qemu.h"
 #include "quick.h"
 
-enum { RUN_STATE_PAUSED = 4 }; /* QEMU, qapi/run-state.json */
-enum { HOLDS = 64 };
-/* Page tables that are read in search of a virtual address. */
-enum { MOST_TABLES = 4096 };
 enum { ENV_TRIES = 16, ENV_PROVEN = ENV_TRIES + 1 };
-
-/* An instruction whose events have acted, wholly or up to a break, and which has yet to execute. The machine may take interrupts
- * and move the task to another vCPU in between; RIP and RSP tell it apart. */
-struct hold {
-    bool used;
-    bool stopped; /* the machine was halted before it, on this vCPU, and the debugger may still decide about it */
-    unsigned vcpu;
-    uint64_t rip;
-    uint64_t rsp;
-    struct progress progress;
-};
 
 /* The instruction that this vCPU executes now and that a post stage has been promised for. */
 struct executed {
@@ -51,103 +36,7 @@ static struct {
     struct executed *executed; /* by vCPU */
     unsigned vcpu_count;
     unsigned env; /* ENV_PROVEN, or how often it could not be proven that the CPU's state is where it is thought to be */
-    char hold_lock;
-    unsigned hold_count;
-    unsigned hold_next;
-    struct hold holds[HOLDS];
 } tcg;
-
-/* ---- holds ---- */
-
-static void lock_holds(void)
-{
-    while (__atomic_test_and_set(&tcg.hold_lock, __ATOMIC_ACQUIRE))
-        ;
-}
-
-static void unlock_holds(void) { __atomic_clear(&tcg.hold_lock, __ATOMIC_RELEASE); }
-
-/* Where all places are taken the oldest goes: its instruction would then be trapped once more. That takes 64 tasks that were each
- * preempted exactly here. */
-static void hold(const struct trap *trap, uint64_t rsp, struct progress progress, bool stopped)
-{
-    lock_holds();
-    struct hold *free_hold = NULL;
-    for (unsigned i = 0; i < HOLDS && free_hold == NULL; i++)
-        if (!tcg.holds[i].used)
-            free_hold = &tcg.holds[i];
-    if (free_hold == NULL)
-        free_hold = &tcg.holds[tcg.hold_next++ % HOLDS];
-    else
-        __atomic_fetch_add(&tcg.hold_count, 1, __ATOMIC_RELEASE);
-    *free_hold = (struct hold){
-        .used = true, .stopped = stopped, .vcpu = trap->vcpu, .rip = trap->rip, .rsp = rsp, .progress = progress};
-    unlock_holds();
-}
-
-static void drop_hold(struct hold *hold)
-{
-    hold->used = false;
-    __atomic_fetch_sub(&tcg.hold_count, 1, __ATOMIC_RELEASE);
-}
-
-static struct progress take_hold(uint64_t rip, uint64_t rsp)
-{
-    struct progress progress = PROGRESS_BEGIN;
-    if (__atomic_load_n(&tcg.hold_count, __ATOMIC_ACQUIRE) == 0)
-        return progress;
-    lock_holds();
-    for (unsigned i = 0; i < HOLDS; i++)
-        if (tcg.holds[i].used && tcg.holds[i].rip == rip && tcg.holds[i].rsp == rsp) {
-            progress = tcg.holds[i].progress;
-            drop_hold(&tcg.holds[i]);
-            break;
-        }
-    unlock_holds();
-    return progress;
-}
-
-static struct hold *stopped_hold(unsigned vcpu)
-{
-    for (unsigned i = 0; i < HOLDS; i++)
-        if (tcg.holds[i].used && tcg.holds[i].stopped && tcg.holds[i].vcpu == vcpu)
-            return &tcg.holds[i];
-    return NULL;
-}
-
-static int decide(unsigned vcpu, bool skip)
-{
-    lock_holds();
-    struct hold *hold = stopped_hold(vcpu);
-    if (hold) {
-        hold->progress.skip = skip;
-        hold->progress.decided = true;
-    }
-    unlock_holds();
-    return hold ? VMEXIT_OK : VMEXIT_REFUSED;
-}
-
-/* The debugger has moved the vCPU away from the instruction, or moved its stack. */
-static void follow_register(unsigned vcpu, unsigned number, uint64_t value)
-{
-    lock_holds();
-    struct hold *hold = stopped_hold(vcpu);
-    if (hold && number == VMEXIT_RSP)
-        hold->rsp = value;
-    if (hold && number == VMEXIT_RIP && value != hold->rip)
-        drop_hold(hold);
-    unlock_holds();
-}
-
-/* A machine that is reset executes nothing of what it was about to. */
-static void forget_holds(void *unused)
-{
-    (void)unused;
-    lock_holds();
-    memset(tcg.holds, 0, sizeof tcg.holds);
-    __atomic_store_n(&tcg.hold_count, 0, __ATOMIC_RELEASE);
-    unlock_holds();
-}
 
 /* ---- the state of a trapped vCPU ---- */
 
@@ -281,7 +170,7 @@ static bool to_physical(struct trap *trap, uint64_t address, uint64_t *physical)
 static bool to_virtual(struct trap *trap, uint64_t physical, uint64_t *address)
 {
     struct paging paging = page_tables(trap);
-    return paging_find(&paging, physical, MOST_TABLES, address);
+    return paging_find(&paging, physical, PAGING_MANY_TABLES, address);
 }
 
 static void halt(void)
@@ -321,7 +210,7 @@ static int set_register(unsigned vcpu, unsigned number, uint64_t value)
     qemu_lock();
     qemu_poke_register(vcpu, number, value);
     qemu_unlock();
-    follow_register(vcpu, number, value);
+    hold_follow(vcpu, number, value);
     return VMEXIT_OK;
 }
 
@@ -336,16 +225,21 @@ static int access_memory(unsigned vcpu, bool physical, bool write, uint64_t addr
     return qemu_access_memory(vcpu, physical, write, address, bytes, length) ? VMEXIT_OK : VMEXIT_UNREADABLE;
 }
 
-static void resume(void)
+static int decide(unsigned vcpu, bool skip) { return hold_decide(vcpu, skip) ? VMEXIT_OK : VMEXIT_REFUSED; }
+
+static int set_halted(bool halted)
 {
-    /* A stop that a vCPU has just asked for takes QEMU's main loop a moment; a start before that would leave the vCPU behind. */
-    const struct timespec moment = {.tv_nsec = 1000000};
-    for (int tries = 0; tries < 2000 && qemu_is_running(); tries++)
-        nanosleep(&moment, NULL);
-    qemu_lock();
-    if (!qemu_is_running())
-        vm_start();
-    qemu_unlock();
+    if (halted)
+        qemu_halt();
+    else
+        qemu_resume();
+    return VMEXIT_OK;
+}
+
+static void on_reset(void *unused)
+{
+    (void)unused;
+    hold_forget_all();
 }
 
 static void enter_thread(void)
@@ -369,7 +263,9 @@ static struct door door = {
     .set_register = set_register,
     .access_memory = access_memory,
     .decide = decide,
-    .resume = resume,
+    .resume = qemu_resume,
+    .set_halted = set_halted,
+    .is_running = qemu_is_running,
     .enter_thread = enter_thread,
 };
 
@@ -503,7 +399,7 @@ static void skip(struct trap *trap)
 static void hold_unless_moved(const struct trap *trap, struct progress progress, bool stopped)
 {
     if (qemu_read_register(trap->vcpu, VMEXIT_RIP) == trap->rip)
-        hold(trap, trap->rsp, progress, stopped);
+        hold_put(trap, trap->rsp, progress, stopped);
 }
 
 static void carry_out(struct trap *trap, struct progress progress)
@@ -525,7 +421,7 @@ static void on_wanted(unsigned index, uintptr_t site, uint64_t rip, uintptr_t re
 {
     struct place place = {.site = site, .return_address = return_address};
     struct trap trap = make_trap(index, &place, site_access(site), site_length(site), rip);
-    struct progress progress = take_hold(rip, trap.rsp);
+    struct progress progress = hold_take(rip, trap.rsp);
     switch (core_pre(&trap, &progress)) {
     case STOP:
         make_precise(&trap);
@@ -584,7 +480,7 @@ __attribute__((visibility("hidden"), used)) void tcg_before(unsigned index, uint
 __attribute__((visibility("hidden"), used)) void tcg_before_quick(unsigned index, uintptr_t site, uint64_t *env)
 {
     index = own_index(index, env);
-    if (site_check_privilege(site) || __atomic_load_n(&tcg.hold_count, __ATOMIC_ACQUIRE) != 0 ||
+    if (site_check_privilege(site) || hold_any() ||
         !quick_pre(index, site_access(site), site_length(site), site_rip(site, *qemu_env_rip(env)), env))
         look_closer(index, site, env, (uintptr_t)__builtin_return_address(0));
 }
@@ -722,6 +618,12 @@ EXPORT int qemu_plugin_install(qemu_plugin_id_t id, const struct qemu_info *info
         return fail("only x86 system emulation has MSRs to trap");
     door.capabilities = qemu_capabilities();
     door.plugin_api = qemu_api();
+    if (door.capabilities & VMEXIT_CAN_HALT) {
+        qemu_watch_state(link_announce_machine);
+    } else {
+        door.set_halted = NULL;
+        door.is_running = NULL;
+    }
     tcg.vcpu_count = (unsigned)info->system.max_vcpus;
     tcg.executed = calloc(tcg.vcpu_count, sizeof *tcg.executed);
     if (!(door.capabilities & VMEXIT_CAN_RECORD))
@@ -729,7 +631,7 @@ EXPORT int qemu_plugin_install(qemu_plugin_id_t id, const struct qemu_info *info
     if (tcg.executed == NULL || !qemu_init(tcg.vcpu_count) || !core_init(&door, tcg.vcpu_count) || !link_start(listening))
         return fail("out of memory or descriptors");
     if (qemu_register_reset)
-        qemu_register_reset(forget_holds, NULL);
+        qemu_register_reset(on_reset, NULL);
     qemu_plugin_register_vcpu_init_cb(id, on_vcpu_up);
     qemu_plugin_register_vcpu_exit_cb(id, on_vcpu_down);
     qemu_plugin_register_vcpu_tb_trans_cb(id, on_translation);

@@ -88,6 +88,7 @@
 #define VMEXIT_CAN_BREAK 32
 #define VMEXIT_CAN_MEMORY 64
 #define VMEXIT_CAN_MEMORY_WRITE 128
+#define VMEXIT_CAN_HALT 32768 /* the agent halts the machine itself (VMEXIT_HALT) */
 
 struct vmexit_range {
     uint32_t first;
@@ -120,7 +121,7 @@ struct vmexit_record {
     uint8_t stage;
     uint8_t action;
     uint8_t flags;
-    uint8_t length; /* of the instruction, in bytes */
+    uint8_t length; /* of the instruction, in bytes; 0: not known yet (KVM, stage pre) */
     uint8_t reserved;
     uint32_t script; /* with VMEXIT_PRINT and VMEXIT_FAULT: whose */
     uint32_t text; /* with these: where what it left begins in the ring's text, in words of 8 bytes, modulo 2^32 */
@@ -198,8 +199,10 @@ struct vmexit_shared {
 #define VMEXIT_WRITE_PHYSICAL 11
 #define VMEXIT_ADD_SCRIPT 12 /* struct vmexit_script_file, the file attached; forgotten unless the next VMEXIT_EVENTS names it */
 #define VMEXIT_SCRIPT_LIMITS 13 /* address = steps, argument = bytes of the native stack that a run may take */
+#define VMEXIT_HALT 32 /* argument 1: halt the machine; 0: let it run. VMEXIT_MACHINE follows when it does */
 /* Notices of the agent, with serial 0. */
 #define VMEXIT_VCPU 64 /* vcpu has come up; its eventfd is attached */
+#define VMEXIT_MACHINE 65 /* argument 1: the machine runs; 0: it is halted. Ends the greeting, and comes whenever it changes */
 
 /* vmexit_message.status */
 #define VMEXIT_OK 0

@@ -1,4 +1,4 @@
-"""``.exit`` and ``.cls``: end the session, clear the screen."""
+"""``.exit``, ``detach`` and ``.cls``: end the session, clear the screen."""
 
 from __future__ import annotations
 
@@ -13,12 +13,35 @@ class Exit(Command):
         names=(".exit", "exit", "quit"),
         usage=(".exit",),
         summary="end the machine and leave, as Ctrl-D does",
-        text="Ends the machine, whatever it does, and vmexit with it. The exit status of vmexit is 0.",
+        text="""Ends the machine, whatever it does, and vmexit with it. A machine that vmexit was attached to runs on, as with
+'detach'. The exit status of vmexit is 0.""",
     )
 
     def run(self, session: Session, arguments: Arguments) -> None:
         arguments.at_most(0)
         session.is_over = True
+        session.driver.leave()
+
+
+class Detach(Command):
+    """Lets go of the machine."""
+
+    INFO = Info(
+        names=("detach",),
+        usage=("detach",),
+        summary="let the machine run on without vmexit, and leave",
+        text="""Removes all events and lets the machine run on at full speed, as if vmexit had never been there: also one that
+'vmexit run' has started, which then belongs to nobody. What it prints from then on is lost, and a VMM that cannot live with that
+ends.
+
+'vmexit attach' with the number of the VMM's process comes back to it.""",
+    )
+
+    def run(self, session: Session, arguments: Arguments) -> None:
+        arguments.at_most(0)
+        pid = session.debugger.target.pid
+        session.debugger.detach()
+        session.emit(f"detached; 'vmexit attach {pid}' comes back")
         session.driver.leave()
 
 

@@ -43,14 +43,16 @@ class _MsrCommand(Command):
             immediate=options.immediate,
             text=arguments.line.strip(),
         )
+        if options.rest:
+            options.places["msr"] = (options.rest[0], options.rest[-1])
         event_options.make(session, arguments, options, event)
-        session.emit(self._success(event, options))
+        session.emit(self._success(session, event, options))
 
     def _msrs(self, arguments: Arguments, options: event_options.EventOptions) -> MsrSet:
         msrs = msr_sets.parse(arguments, options.rest, event_options.ALL)
         return MsrSet.all_but(self._UNNAMED) if msrs is None else msrs
 
-    def _success(self, event: Event, options: event_options.EventOptions) -> str:
+    def _success(self, session: Session, event: Event, options: event_options.EventOptions) -> str:
         instruction = (self._ACCESS.name or "").lower()
         left_out = event.msrs.left_out
         verb = _VERBS[event.action]
@@ -59,6 +61,11 @@ class _MsrCommand(Command):
         text += f" ({event_options.description(options)})"
         if left_out:
             text += f"\nleft out, unless an event names them: {' '.join(f'{msr:x}' for msr in left_out)}"
+        if left_out is not None and not session.told_untrappable:
+            session.told_untrappable = True
+            for never in session.debugger.target.untrappable:
+                named = f"{never.first:x}" if never.first == never.last else f"{never.first:x} to {never.last:x}"
+                text += f"\nnever trapped in this machine: {named} ({never.reason})"
         return text
 
     def complete(self, session: Session, before: Sequence[str]) -> Iterable[str]:

@@ -21,7 +21,7 @@ def _commands() -> tuple[Command, ...]:
     from vmexit.commands.events import Events
     from vmexit.commands.guest import Guest
     from vmexit.commands.help import Help
-    from vmexit.commands.leaving import Clear, Exit
+    from vmexit.commands.leaving import Clear, Detach, Exit
     from vmexit.commands.memory import ShowMemory
     from vmexit.commands.msr import MsrRead, MsrWrite
     from vmexit.commands.msr_explain import ExplainMsr
@@ -62,6 +62,7 @@ def _commands() -> tuple[Command, ...]:
         Sleep(),
         Clear(),
         Help(),
+        Detach(),
         Exit(),
     )
 

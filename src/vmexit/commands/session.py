@@ -59,6 +59,9 @@ class Session:
     next_code: dict[bool, tuple[object, int]] = field(default_factory=dict)
     """Where ``u`` goes on, and what the machine was stopped at when it was there."""
 
+    told_untrappable: bool = False
+    """The user knows which MSRs never trap here."""
+
     def __post_init__(self) -> None:
         self.guest = GuestView(self.debugger)
 

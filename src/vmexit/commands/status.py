@@ -24,7 +24,9 @@ came of them, how many were dropped for want of room, and how often a vCPU had t
         debugger = session.debugger
         link, events = debugger.target.link, list(debugger.events)
         cores = debugger.target.vcpus
-        can = [(capability.name or "").lower().replace("_", " ") for capability in Capability if capability in link.capabilities]
+        # How the machine is halted is no matter to the user.
+        told = link.capabilities & ~Capability.HALT
+        can = [(capability.name or "").lower().replace("_", " ") for capability in Capability if capability in told]
         plugin = f", QEMU plugin interface {link.plugin_api}" if link.plugin_api else ""
         enabled = sum(event.enabled for event in events)
         session.emit(

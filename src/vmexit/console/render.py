@@ -155,7 +155,7 @@ def stop_text(debugger: Debugger, stop: Stop, syntax: Syntax, *, colour: bool = 
         parts = _break_heading(stop.trap), _break_meaning(stop.trap), _break_place(debugger, stop.trap, syntax)
         return "\n".join((f"{bold}{parts[0]}{plain}", *filter(None, parts[1:])))
     if stop.reason is StopReason.ENDED:
-        return f"{bold}{exit_text(stop.exit_status)}{plain}"
+        return f"{bold}{exit_text(stop.exit_status, debugger.target.vmm)}{plain}"
     if stop.reason is StopReason.PAUSED:
         heading = f"{bold}halted, core {debugger.core:x}{plain}"
         try:
@@ -205,17 +205,17 @@ def _rip_line(debugger: Debugger, syntax: Syntax) -> str:
     return f"RIP   {instruction_text(instruction) if instruction else address_text(address)}"
 
 
-def exit_text(status: int | None) -> str:
-    """How QEMU ended."""
+def exit_text(status: int | None, vmm: str = "QEMU") -> str:
+    """How the VMM of that name ended; ``status`` is None where nobody can tell."""
     if status is None:
-        return "QEMU has ended"
+        return f"{vmm} has ended"
     if status >= 0:
-        return f"QEMU ended with status {status}"
+        return f"{vmm} ended with status {status}"
     try:
         name = f" ({signal.Signals(-status).name})"
     except ValueError:
         name = ""
-    return f"QEMU was ended by signal {-status}{name}"
+    return f"{vmm} was ended by signal {-status}{name}"
 
 
 _NOTICES = {

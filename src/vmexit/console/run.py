@@ -22,7 +22,11 @@ from vmexit.console.tokens import commands_of
 from vmexit.debugger import Debugger, State, StopReason
 from vmexit.errors import CommandError, VmexitError
 from vmexit.guest.linux.recognise import Help
-from vmexit.targets.qemu import DEFAULT_QEMU, Qemu
+from vmexit.targets.attach import Attached
+from vmexit.targets.base import Target
+from vmexit.targets.kvm import Vmm
+from vmexit.targets.process import OutputTo
+from vmexit.targets.qemu import DEFAULT_QEMU, TCG, Qemu
 
 _POLL_S = 0.05
 _NAP_S = 0.01
@@ -50,21 +54,34 @@ class GivenCommand:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What ``vmexit run`` was told."""
+    """What ``vmexit run`` or ``vmexit attach`` was told."""
 
-    arguments: Sequence[str]
-    """QEMU's."""
+    arguments: Sequence[str] = ()
+    """The VMM's."""
     commands: Sequence[GivenCommand] = ()
     batch: bool = False
     qemu: str = DEFAULT_QEMU
     given: Help = field(default_factory=Help)
     """Files that help to recognise the guest."""
+    accelerator: str = TCG
+    vmm: str | None = None
+    """Another VMM than QEMU."""
+    pid: int | None = None
+    """A VMM that runs already; then there are no arguments."""
+
+    def target(self, output: OutputTo, stdin: int | None) -> Target:
+        """The machine. Raises UsageError and TargetError, with the reason, where there is none to be had."""
+        if self.pid is not None:
+            return Attached(self.pid)
+        if self.vmm is not None:
+            return Vmm(self.vmm, self.arguments, output=output, stdin=stdin)
+        return Qemu(self.arguments, qemu=self.qemu, accelerator=self.accelerator, output=output, stdin=stdin)
 
 
 def run(options: Options) -> int:
-    """Runs a session; gives the exit status of vmexit. Nothing of the machine is left when it returns or raises.
+    """Runs a session; gives the exit status of vmexit. Of a machine that it has started nothing is left then.
 
-    Raises UsageError and TargetError where QEMU cannot be started, OutputGoneError, KeyboardInterrupt, TerminatedError.
+    Raises UsageError and TargetError where there is no machine to be had, OutputGoneError, KeyboardInterrupt, TerminatedError.
     """
     has_person = not options.batch and os.isatty(0)
     has_prompt = has_person and os.isatty(1) and os.environ.get("TERM", "dumb") != "dumb"
@@ -75,7 +92,7 @@ def run(options: Options) -> int:
         stdin = None if options.batch and not os.isatty(0) else subprocess.DEVNULL
         output = GuestOutput()
         try:
-            target = Qemu(options.arguments, qemu=options.qemu, output=output, stdin=stdin)
+            target = options.target(output, stdin)
         except VmexitError:
             while output.first_time() is not None:  # "-device help"
                 screen.guest(*output.take())
@@ -100,7 +117,7 @@ class _Run:
     def __init__(
         self,
         options: Options,
-        target: Qemu,
+        target: Target,
         debugger: Debugger,
         screen: Screen,
         output: GuestOutput,
@@ -280,7 +297,7 @@ class _Run:
         if not has_ended and not (has_shut_down and not self._leaving):
             return 0
         status = self._target.exit_status
-        self._screen.error(exit_text(status))
+        self._screen.error(exit_text(status, self._target.vmm))
         return 0 if status is None else status if status >= 0 else 128 - status
 
 

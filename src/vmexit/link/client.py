@@ -9,6 +9,7 @@ import struct
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from vmexit.errors import LinkError
 from vmexit.link import wire
@@ -26,7 +27,7 @@ _MEANING = {
     Status.BUSY: "another debugger is attached to this machine",
     Status.RUNNING: "the machine runs; halt it first (pause)",
     Status.UNREADABLE: "the address is not mapped",
-    Status.UNAVAILABLE: "this QEMU does not let the agent do that",
+    Status.UNAVAILABLE: "this machine does not let the agent do that",
     Status.WRONG_VERSION: "the agent in this machine is of another version of vmexit",
     Status.STALE: "scripts have changed events in the meantime",
 }
@@ -43,14 +44,15 @@ class RequestError(LinkError):
 class Link:
     """A connection to the agent in a VMM. One at a time; closing it makes the agent let go of everything."""
 
-    def __init__(self, path: Path) -> None:
-        """Connects to the agent's socket and shakes hands. Raises LinkError."""
+    def __init__(self, address: Path | bytes) -> None:
+        """Connects to the agent's socket (a path, or an abstract name that begins with 0) and shakes hands. Raises LinkError."""
         self._serial = 0
+        self._machine: list[bool] = []
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.settimeout(_ANSWER_S)
         self.closed = False
         try:
-            self._socket.connect(str(path))
+            self._socket.connect(address if isinstance(address, bytes) else str(address))
         except OSError as error:
             self._socket.close()
             raise LinkError(f"cannot reach the agent: {error.strerror}") from None
@@ -124,8 +126,8 @@ class Link:
         fds = [fd for level, kind, words in control if (level, kind) == _RIGHTS for (fd,) in struct.iter_unpack("i", words)]
         return data, fds
 
-    def _receive(self, fds: list[int]) -> tuple[int, int, int, int, bytes]:
-        """One datagram: (type, status, serial, vcpu, payload). Descriptors that come with it are added to ``fds``."""
+    def _receive(self, fds: list[int]) -> tuple[Any, bytes]:
+        """One datagram: header and payload. Descriptors that come with it are added to ``fds``."""
         try:
             data, received_fds = self._read()
         except TimeoutError:
@@ -138,14 +140,16 @@ class Link:
         header = wire.unpack("message", data)
         if header.magic != wire.MAGIC or len(data) != _HEADER + header.length:
             raise LinkError("the agent sent a message that this version of vmexit does not understand")
-        return header.type, header.status, header.serial, header.vcpu, data[_HEADER:]
+        return header, data[_HEADER:]
 
-    def _notice(self, kind: int, vcpu: int, fds: list[int]) -> None:
+    def _notice(self, kind: int, vcpu: int, argument: int, fds: list[int]) -> None:
         if kind == MessageType.VCPU and len(fds) == 1 and vcpu < self.rings.vcpus:
             self.rings.vcpu_up(vcpu, fds[0])
-        else:
-            for fd in fds:
-                os.close(fd)
+            return
+        if kind == MessageType.MACHINE:
+            self._machine.append(bool(argument))
+        for fd in fds:
+            os.close(fd)
 
     def _exchange(
         self,
@@ -166,14 +170,14 @@ class Link:
         deadline = time.monotonic() + _ANSWER_S
         while time.monotonic() < deadline:
             received: list[int] = []
-            answer, status, serial, about, data = self._receive(received)
-            if answer == kind and (serial == self._serial or status == Status.BUSY):
-                if status != Status.OK:
-                    raise RequestError(_known_status(status))
+            header, data = self._receive(received)
+            if header.type == kind and (header.serial == self._serial or header.status == Status.BUSY):
+                if header.status != Status.OK:
+                    raise RequestError(_known_status(header.status))
                 if fds is not None:
                     fds.extend(received)
                 return data
-            self._notice(answer, about, received)
+            self._notice(header.type, header.vcpu, header.argument, received)
         raise LinkError(f"the agent did not answer within {_ANSWER_S:g} s")
 
     def handle_notices(self) -> None:
@@ -182,8 +186,16 @@ class Link:
             if self.closed:
                 raise LinkError("the link is closed")
             fds: list[int] = []
-            kind, _, _, vcpu, _ = self._receive(fds)
-            self._notice(kind, vcpu, fds)
+            header, _ = self._receive(fds)
+            self._notice(header.type, header.vcpu, header.argument, fds)
+
+    def take_machine(self) -> list[bool]:
+        """What the agent has told of the machine since the last call, oldest first: True, it runs; False, it is halted.
+
+        Only an agent with Capability.HALT does that, for the first time right after its greeting.
+        """
+        told, self._machine = self._machine, []
+        return told
 
     # What can be asked for. Each raises LinkError, or RequestError with the agent's own reason.
 
@@ -214,6 +226,10 @@ class Link:
     def hold(self, held: bool) -> None:
         """Tells the agent whether the debugger keeps the machine halted, so that it goes on if the debugger dies."""
         self._exchange(MessageType.HOLD, argument=int(held))
+
+    def set_halted(self, halted: bool) -> None:
+        """Halts the machine, or lets it run. That it does is told by ``take_machine``, possibly only later."""
+        self._exchange(MessageType.HALT, argument=int(halted))
 
     def decide(self, vcpu: int, skip: bool) -> None:
         """Short-circuits (or not) the one instruction that the vCPU is stopped before."""

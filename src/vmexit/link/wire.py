@@ -73,6 +73,7 @@ class Capability(enum.IntFlag):
     BREAK = constant("CAN_BREAK")
     MEMORY = constant("CAN_MEMORY")
     MEMORY_WRITE = constant("CAN_MEMORY_WRITE")
+    HALT = constant("CAN_HALT")
 
 
 class MessageType(enum.IntEnum):
@@ -91,7 +92,9 @@ class MessageType(enum.IntEnum):
     WRITE_PHYSICAL = constant("WRITE_PHYSICAL")
     ADD_SCRIPT = constant("ADD_SCRIPT")
     SCRIPT_LIMITS = constant("SCRIPT_LIMITS")
+    HALT = constant("HALT")
     VCPU = constant("VCPU")
+    MACHINE = constant("MACHINE")
 
 
 class Status(enum.IntEnum):

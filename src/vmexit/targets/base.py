@@ -28,12 +28,33 @@ class Notice:
     detail: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Untrappable:
+    """MSRs, both ends included, that never trap in a machine, and why: it goes on "... cannot be trapped here: "."""
+
+    first: int
+    last: int
+    reason: str
+
+
 class Target(Protocol):
     """A machine with the agent inside. Its methods are called by one thread at a time."""
 
     link: Link
     name: str
     """What to call it: "QEMU 7.2.22"."""
+    vmm: str
+    """What to call its VMM: "QEMU"."""
+    untrappable: tuple[Untrappable, ...]
+    """Events that name one of these are refused; those for all MSRs do without."""
+    found_running: bool | None
+    """It had begun before vmexit came: True, it ran; False, it was halted. None: vmexit has started it, and it is halted."""
+    wants_halted: bool
+    """The machine was halted before its first instruction, and whoever started it wants it to stay so."""
+
+    @property
+    def pid(self) -> int:
+        """The VMM's process."""
 
     @property
     def vcpus(self) -> int:
@@ -53,7 +74,13 @@ class Target(Protocol):
 
     @property
     def exit_status(self) -> int | None:
-        """Of its VMM: 0 to 255, or minus the number of the signal that ended it; None while it lives."""
+        """Of its VMM: 0 to 255, or minus the number of the signal that ended it; None while it lives, or where nobody tells."""
+
+    def detach(self) -> None:
+        """Lets go of it; it runs on without vmexit, with nothing of it changed. ``close`` does nothing then."""
 
     def close(self) -> None:
-        """Ends the machine and whatever belongs to it. Does nothing the second time."""
+        """Ends a machine that vmexit has started, with whatever belongs to it; lets go of any other.
+
+        Does nothing the second time.
+        """

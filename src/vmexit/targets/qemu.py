@@ -1,33 +1,31 @@
-"""Starting QEMU with the agent inside (the TCG door)."""
+"""Starting QEMU with the agent inside: as a plugin where it emulates (the TCG door), preloaded where it uses KVM."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import re
-import select
 import shutil
 import socket
 import subprocess
-import tempfile
-import threading
-import time
-from collections.abc import Callable, Sequence
-from importlib import resources
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 from qemu.qmp import Message
 
 from vmexit.errors import LinkError, TargetError, UsageError
 from vmexit.link.client import Link
 from vmexit.link.wire import Capability
-from vmexit.output import OutputReader
-from vmexit.targets.base import Notice, NoticeKind
+from vmexit.targets.agent import agent_path, listening_socket, preloaded
+from vmexit.targets.base import Notice, NoticeKind, Untrappable
+from vmexit.targets.kvm import untrappable_under_kvm
+from vmexit.targets.process import OutputTo, Process
 from vmexit.targets.qmp import Qmp
 
+__all__ = ["DEFAULT_QEMU", "OutputTo", "Qemu", "check_arguments"]
+
 DEFAULT_QEMU = "qemu-system-x86_64"
-OutputTo = Callable[[str, bytes], None]
-"""Called with "stdout" or "stderr" and what QEMU wrote there; from threads of their own."""
+TCG = "tcg"
+KVM = "kvm"
+ACCELERATORS = (TCG, KVM)
 
 _NOTICES = {
     "STOP": NoticeKind.STOPPED,
@@ -38,7 +36,6 @@ _NOTICES = {
 }
 _QUIT_S = 3.0
 _GONE_S = 2.0
-_SETTLE_S = 0.05
 
 # What QEMU says, and what that means for somebody who wants traps.
 _KNOWN_FAILURES = (
@@ -53,28 +50,35 @@ _KNOWN_FAILURES = (
 )
 
 
-def agent_path() -> Path:
-    """The compiled agent. Raises TargetError where the package was not built."""
-    path = Path(str(resources.files("vmexit.agent") / "agent.so"))
-    if not path.is_file():
-        raise TargetError(f"the agent is not built: {path} is missing; reinstall with 'pip install .' (needs gcc)")
-    return path
-
-
-def check_arguments(arguments: Sequence[str]) -> bool:
+def check_arguments(arguments: Sequence[str], accelerator: str = TCG) -> bool:
     """Whether the user wants the machine to start halted (-S). Raises UsageError for what cannot go together with vmexit."""
     following = [*arguments, ""][1:]
     halted = False
     for argument, value in zip(arguments, following, strict=True):
         option = "-" + argument.lstrip("-") if argument.startswith("-") else argument
-        accelerator = re.search(r"(?:^|[,=])kvm\b", value) if option == "-accel" else re.search(r"\baccel=kvm\b", value)
-        if option == "-enable-kvm" or (option in ("-accel", "-machine", "-M") and accelerator):
+        named = _accelerator_named(option, value)
+        if named and (named != accelerator):
             what = argument if option == "-enable-kvm" else f"{argument} {value}"
-            raise UsageError(f"{what}: vmexit traps in an emulated guest (TCG); leave it out, or use -accel tcg")
+            if named == KVM:
+                raise UsageError(f"{what}: to trap in a guest that KVM runs, say --accel kvm before the --")
+            raise UsageError(f"{what}: this contradicts --accel {accelerator}; leave one of them out")
         if option == "-daemonize":
             raise UsageError("-daemonize: vmexit has to stay QEMU's parent; leave it out")
         halted |= option == "-S"
     return halted
+
+
+def _accelerator_named(option: str, value: str) -> str | None:
+    """The accelerator that this argument of QEMU's chooses, if it does; KVM where it comes into question."""
+    if option == "-enable-kvm":
+        return KVM
+    if option == "-accel":
+        found = re.findall(r"(?:^|[,=])(kvm|tcg)\b", value)
+    elif option in ("-machine", "-M"):
+        found = re.findall(r"\b(kvm|tcg)\b", (re.findall(r"\baccel=([^,]*)", value) or [""])[-1])
+    else:
+        return None
+    return KVM if KVM in found else found[0] if found else None
 
 
 class Qemu:
@@ -83,114 +87,93 @@ class Qemu:
     The machine is halted before its first instruction; ``wants_halted`` says whether the user asked for that (-S).
     """
 
+    found_running: bool | None = None
+    vmm = "QEMU"
+
     def __init__(
         self,
         arguments: Sequence[str],
         *,
         qemu: str = DEFAULT_QEMU,
+        accelerator: str = TCG,
         output: OutputTo | None = None,
         stdin: int | None = subprocess.DEVNULL,
     ) -> None:
         """Starts ``qemu`` with these arguments and those that the agent needs.
 
-        ``output``: what gets QEMU's standard output and error; None: they are the caller's own. Raises UsageError for arguments
-        that contradict vmexit, TargetError when QEMU does not start or is of no use, each in one line.
+        ``accelerator``: "tcg" or "kvm". ``output``: what gets QEMU's standard output and error; None: they are the caller's own.
+        Raises UsageError for arguments that contradict vmexit, TargetError when QEMU does not start or is of no use, each in one
+        line.
         """
-        self.wants_halted = check_arguments(arguments)
+        self.wants_halted = check_arguments(arguments, accelerator)
+        self._accelerator = accelerator
         binary = shutil.which(qemu)
         if binary is None:
             raise TargetError(f"{qemu} is not there; install it (Debian: apt install qemu-system-x86) or name it with --qemu")
         self._closed = False
-        self._ended_told = False
-        self._errors: list[bytes] = []
-        self._starting = True
-        self._starting_lock = threading.Lock()
-        self._output = output
-        self._readers: list[OutputReader] = []
         self._qmp: Qmp | None = None
+        self.untrappable: tuple[Untrappable, ...] = untrappable_under_kvm() if accelerator == KVM else ()
         ours, theirs = socket.socketpair()
-        with tempfile.TemporaryDirectory(prefix="vmexit-", dir=_private_folder()) as folder, ours, theirs:
-            # The folder is the user's alone and its name a secret; it is gone again once both ends have met.
-            path = Path(folder, "agent")
-            listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            with listening:
-                listening.bind(str(path))
-                path.chmod(0o600)
-                listening.listen()
-                self._process = self._spawn(binary, arguments, listening.fileno(), theirs.fileno(), stdin)
+        with ours, theirs:
+            with listening_socket() as listening:
+                self._process = Process(
+                    self._command(binary, arguments, listening.fileno(), theirs.fileno()),
+                    output=output,
+                    stdin=stdin,
+                    pass_fds=(listening.fileno(), theirs.fileno()),
+                    environment=self._environment(binary, listening.fileno()),
+                )
+                address = listening.getsockname()
             theirs.close()
             try:
-                self.link = Link(path)
+                # The agent of the KVM door counts the vCPUs when it is called; QEMU's monitor answers once they are all there.
+                if accelerator == TCG:
+                    self.link = Link(address)
                 self._qmp = Qmp(ours.dup())
                 self._check()
+                if accelerator == KVM:
+                    self.link = Link(address)
+                self._check_link()
             except BaseException as error:
                 # Most often QEMU did not like an argument; then it says so and is gone in a moment.
-                has_ended = isinstance(error, LinkError | TargetError) and self._wait(_GONE_S)
+                has_ended = isinstance(error, LinkError | TargetError) and self._process.wait(_GONE_S)
                 self.close()
                 if has_ended:
                     raise self._explained() from None
                 raise
-        self._started()
+        self._process.started()
 
-    def _spawn(
-        self, binary: str, arguments: Sequence[str], link_fd: int, qmp_fd: int, stdin: int | None
-    ) -> subprocess.Popen[bytes]:
+    def _command(self, binary: str, arguments: Sequence[str], link_fd: int, qmp_fd: int) -> list[str]:
         plugin = str(agent_path()).replace(",", ",,")
-        command = [
+        agent = ("-plugin", f"{plugin},link={link_fd}") if self._accelerator == TCG else ("-accel", KVM)
+        return [
             binary,
             *arguments,
-            *("-plugin", f"{plugin},link={link_fd}"),
+            *agent,
             *("-chardev", f"socket,id=vmexit-qmp,fd={qmp_fd}"),
             *("-mon", "chardev=vmexit-qmp,mode=control"),
             "-S",
         ]
-        try:
-            process = subprocess.Popen(
-                command,
-                stdin=stdin,
-                stdout=subprocess.PIPE if self._output is not None else None,
-                stderr=subprocess.PIPE,
-                pass_fds=(link_fd, qmp_fd),
-                # The terminal's Ctrl-C is for the debugger, not for the machine.
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise TargetError(f"{binary} cannot be started: {error.strerror}") from None
-        self._pidfd = os.pidfd_open(process.pid)
-        if self._output is not None and process.stdout:
-            output = self._output
-            self._readers.append(OutputReader(process.stdout, lambda data: output("stdout", data)))
-        if process.stderr:
-            self._readers.append(OutputReader(process.stderr, self._on_stderr))
-        return process
 
-    def _on_stderr(self, data: bytes) -> None:
-        with self._starting_lock:
-            if self._starting:
-                self._errors.append(data)
-                return
-        if self._output is not None:
-            self._output("stderr", data)
-        else:
-            with contextlib.suppress(OSError):
-                os.write(2, data)
-
-    def _started(self) -> None:
-        """What QEMU has warned of so far is no reason not to start, so the user gets to see it."""
-        with self._starting_lock:
-            self._starting = False
-        if self._errors:
-            self._on_stderr(b"".join(self._errors))
+    def _environment(self, binary: str, link_fd: int) -> Mapping[str, str]:
+        return preloaded(binary, link_fd) if self._accelerator == KVM else {}
 
     def _check(self) -> None:
         version = self.query("query-version")
         numbers = version.get("qemu", {}) if isinstance(version, dict) else {}
         self.name = "QEMU " + ".".join(str(numbers.get(part, "?")) for part in ("major", "minor", "micro"))
         kvm = self.query("query-kvm")
-        if isinstance(kvm, dict) and kvm.get("enabled"):
-            raise UsageError("this QEMU chose KVM by itself; vmexit traps in an emulated guest: add -accel tcg")
+        is_kvm = isinstance(kvm, dict) and bool(kvm.get("enabled"))
+        if is_kvm and self._accelerator == TCG:
+            raise UsageError(
+                "this QEMU chose KVM by itself; vmexit traps in an emulated guest: add -accel tcg, or say --accel kvm"
+            )
+        if not is_kvm and self._accelerator == KVM:
+            raise TargetError("this QEMU does not use KVM")
         cpus = self.query("query-cpus-fast")
         self._vcpus_at_start = len(cpus) if isinstance(cpus, list) else 1
+
+    def _check_link(self) -> None:
         if not self.link.capabilities & Capability.RECORD:
             raise TargetError(f"{self.name} gives the agent no way to read registers")
         if not self.wants_halted:
@@ -199,7 +182,7 @@ class Qemu:
 
     def _explained(self) -> TargetError:
         """Why QEMU has ended, as it said itself."""
-        said = b"".join(self._errors).decode(errors="replace")
+        said = self._process.said
         for pattern, meaning in _KNOWN_FAILURES:
             if pattern.search(said):
                 return TargetError(meaning)
@@ -209,7 +192,7 @@ class Qemu:
         if lines:
             # QEMU puts the reason last, and its own path before it.
             return TargetError(f"QEMU did not start: {re.sub(r'^[^ ]*qemu[^ ]*: ', '', lines[-1])}")
-        return TargetError(f"QEMU did not start: it ended with status {self._process.returncode}")
+        return TargetError(f"QEMU did not start: it ended with status {self._process.exit_status}")
 
     def query(self, command: str) -> object:
         """What a QMP command returns."""
@@ -229,7 +212,7 @@ class Qemu:
     @property
     def exit_status(self) -> int | None:
         """QEMU's own."""
-        return self._process.poll()
+        return self._process.exit_status
 
     def resume(self) -> None:
         """Lets the machine run."""
@@ -238,7 +221,7 @@ class Qemu:
             self.query("cont")
         except LinkError:
             # A guest that ends at once takes QEMU with it before the answer has arrived.
-            if not self._wait(_QUIT_S):
+            if not self._process.wait(_QUIT_S):
                 raise
 
     def halt(self) -> None:
@@ -251,27 +234,31 @@ class Qemu:
 
     def filenos(self) -> list[int]:
         """QMP's and the process's."""
-        return [self._pidfd] if self._qmp is None or self._qmp.closed else [self._qmp.fileno(), self._pidfd]
+        pidfd = self._process.pidfd
+        return [pidfd] if self._qmp is None or self._qmp.closed else [self._qmp.fileno(), pidfd]
 
     def notices(self) -> list[Notice]:
         """QMP's events, and at last that the process has ended."""
         if self._qmp is None or self._closed:
             return []
+        self.link.take_machine()  # QEMU's monitor says the same, and more
         notices = [notice for event in self._qmp.events() if (notice := _notice(event))]
         if any(notice.kind in (NoticeKind.STOPPED, NoticeKind.SHUTDOWN) for notice in notices):
             # What the guest has printed before it halted is to be known before that.
-            for reader in self._readers:
-                reader.settle(_SETTLE_S)
-        if self._process.poll() is not None and not self._ended_told:
-            self._ended_told = True
-            self._finish_output()
+            self._process.settle()
+        if self._process.has_ended():
             notices.append(Notice(NoticeKind.ENDED))
         return notices
 
-    def _finish_output(self) -> None:
-        """Has everything printed that QEMU still wrote."""
-        for reader in self._readers:
-            reader.finish()
+    def detach(self) -> None:
+        """Lets QEMU run on by itself."""
+        if self._closed:
+            return
+        self._closed = True
+        self.link.close()  # a machine that is halted goes on then
+        self._process.release()
+        if self._qmp is not None:
+            self._qmp.close()
 
     def close(self) -> None:
         """Ends QEMU: by asking, by SIGTERM, by SIGKILL. An exception in the meantime (Ctrl-C again) makes it SIGKILL at once."""
@@ -279,34 +266,22 @@ class Qemu:
             return
         self._closed = True
         try:
-            self._end()
+            self._process.close(self._ask_to_quit)
         finally:
-            if self._process.poll() is None:
-                self._process.kill()
-            self._process.wait()
-            self._finish_output()
+            if hasattr(self, "link"):
+                self.link.close()
             if self._qmp is not None:
                 self._qmp.close()
-            os.close(self._pidfd)
 
-    def _end(self) -> None:
+    def _ask_to_quit(self) -> bool:
         if hasattr(self, "link") and not self.link.closed:
             with contextlib.suppress(LinkError):
                 self.link.hold(False)  # it is to end, not to run on
             self.link.close()
-        if self._process.poll() is None and self._qmp is not None:
-            self._qmp.begin("quit")
-            self._wait(_QUIT_S)
-        if self._process.poll() is None:
-            self._process.terminate()
-            self._wait(_QUIT_S)
-
-    def _wait(self, seconds: float) -> bool:
-        """Whether QEMU has ended by then."""
-        deadline = time.monotonic() + seconds
-        while self._process.poll() is None and (left := deadline - time.monotonic()) > 0:
-            select.select([self._pidfd], [], [], left)
-        return self._process.returncode is not None
+        if self._qmp is None:
+            return False
+        self._qmp.begin("quit")
+        return True
 
 
 def _notice(event: Message) -> Notice | None:
@@ -314,10 +289,3 @@ def _notice(event: Message) -> Notice | None:
     data = event.get("data")
     detail = str(data.get("reason") or data.get("action") or "") if isinstance(data, dict) else ""
     return Notice(kind, detail) if kind else None
-
-
-def _private_folder() -> str | None:
-    """Where sockets of this user belong; None: the system's folder for temporary files."""
-    folder = os.environ.get("XDG_RUNTIME_DIR", "")
-    # A Unix socket's path has at most 107 bytes.
-    return folder if folder and len(folder) < 60 and os.access(folder, os.W_OK | os.X_OK) else None

@@ -1,0 +1,668 @@
+/* The KVM door: the agent stands between a VMM and its ioctls, preloaded or injected.
+ *
+ * An event's MSRs leave the guest by KVM's MSR filter. The exit is taken before the VMM sees it: events act, the access is carried out
+ * as the guest's own, skipped or refused, and the vCPU enters the guest again. What the VMM itself has asked KVM for, it gets.
+ *
+ * An exit is finished by the next KVM_RUN; with kvm_run.immediate_exit set that call returns before the guest runs on. So there is a
+ * moment right behind the instruction (stage post), and for a break before it the instruction can be finished as if skipped and RIP be
+ * put back: nothing is left unfinished then, whatever the VMM does with the halted vCPU. The instruction comes once more, and what was
+ * done for it is remembered in a hold.
+ */
+#define _GNU_SOURCE
+#if defined(__x86_64__)
+#include <errno.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "hold.h"
+#include "kvm.h"
+#include "qemu_plugin.h"
+
+enum { FINISHING = 2 }; /* in kvm_run.immediate_exit; a VMM writes 1 there, at any time */
+enum { SPARE_VCPUS = 15 }; /* that may be plugged in while the machine runs */
+enum { LARGEST_INSTRUCTION = 15 };
+
+struct vm vm = {.fd = -1};
+pthread_mutex_t kvm_lock = PTHREAD_MUTEX_INITIALIZER;
+
+/* struct trap.place */
+struct place {
+    struct cpu *cpu;
+    struct kvm_regs regs; /* as the callbacks see them and change them */
+    uint32_t changed;
+    bool has_paging;
+    struct paging paging;
+};
+
+int kvm_plain(int fd, unsigned long request, void *argument)
+{
+    return (int)syscall(SYS_ioctl, fd, request, argument);
+}
+
+/* ---- entering the guest ---- */
+
+static void clear_immediate_exit(struct kvm_run *run)
+{
+    uint8_t ours = FINISHING;
+    __atomic_compare_exchange_n(&run->immediate_exit, &ours, 0, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+}
+
+/* While events want MSRs, KVM leaves the registers in struct kvm_run, which is cheaper than asking for them. */
+static void choose_sync_regs(struct cpu *cpu)
+{
+    const bool wanted = __atomic_load_n(&vm.is_armed, __ATOMIC_RELAXED) && vm.has_sync_regs;
+    if (wanted == cpu->syncs_regs)
+        return;
+    if (wanted && (cpu->run->kvm_valid_regs & KVM_SYNC_X86_REGS))
+        return; /* the VMM's own wish */
+    cpu->run->kvm_valid_regs ^= KVM_SYNC_X86_REGS;
+    cpu->syncs_regs = wanted;
+}
+
+static int enter_guest(struct cpu *cpu)
+{
+    choose_sync_regs(cpu);
+    int result = kvm_plain(cpu->fd, KVM_RUN, NULL);
+    if (result != 0)
+        clear_immediate_exit(cpu->run);
+    return result;
+}
+
+bool kvm_complete(struct cpu *cpu)
+{
+    uint8_t nothing = 0;
+    __atomic_compare_exchange_n(&cpu->run->immediate_exit, &nothing, FINISHING, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+    int result = kvm_plain(cpu->fd, KVM_RUN, NULL);
+    clear_immediate_exit(cpu->run);
+    return result != 0;
+}
+
+/* ---- a trap ---- */
+
+static void get_asked(struct trap *trap, uint64_t *values)
+{
+    struct place *place = trap->place;
+    for (unsigned number = 0; number < VMEXIT_ASKED_REGISTERS; number++)
+        values[number] = *state_register(&place->regs, number);
+}
+
+static void set_asked(struct trap *trap, const uint64_t *values, uint32_t changed)
+{
+    struct place *place = trap->place;
+    for (unsigned number = 0; number < VMEXIT_ASKED_REGISTERS; number++)
+        if (changed >> number & 1)
+            *state_register(&place->regs, number) = values[number];
+    place->changed |= changed;
+}
+
+static void get_general(struct trap *trap, uint64_t *values)
+{
+    struct place *place = trap->place;
+    for (unsigned number = 0; number < VMEXIT_RIP; number++)
+        values[number] = *state_register(&place->regs, number);
+}
+
+static bool read_register(struct trap *trap, unsigned number, uint64_t *value)
+{
+    struct place *place = trap->place;
+    uint64_t registers[KVM_REGISTERS];
+    if (number < VMEXIT_ASKED_REGISTERS) {
+        *value = *state_register(&place->regs, number);
+        return true;
+    }
+    if (number >= KVM_REGISTERS || !state_get(place->cpu, UINT64_C(1) << number, registers))
+        return false;
+    *value = registers[number];
+    return true;
+}
+
+static bool write_register(struct trap *trap, unsigned number, uint64_t value)
+{
+    struct place *place = trap->place;
+    if (number >= KVM_REGISTERS)
+        return false;
+    if (number < VMEXIT_ASKED_REGISTERS) {
+        *state_register(&place->regs, number) = value;
+        place->changed |= UINT32_C(1) << number;
+    } else {
+        state_change(place->cpu, number, value);
+        place->has_paging = false;
+    }
+    return true;
+}
+
+static const struct paging *paging_of(struct place *place)
+{
+    if (!place->has_paging)
+        place->has_paging = state_get_paging(place->cpu, &place->paging);
+    return place->has_paging ? &place->paging : NULL;
+}
+
+static bool reach_memory(struct trap *trap, bool physical, bool write, uint64_t address, void *bytes, uint32_t length)
+{
+    if (physical)
+        return state_access_memory(write, address, bytes, length);
+    const struct paging *paging = paging_of(trap->place);
+    return paging && paging_access(paging, address, bytes, length, write);
+}
+
+static bool to_physical(struct trap *trap, uint64_t address, uint64_t *physical)
+{
+    const struct paging *paging = paging_of(trap->place);
+    return paging && paging_translate(paging, address, physical, NULL);
+}
+
+static bool to_virtual(struct trap *trap, uint64_t physical, uint64_t *address)
+{
+    const struct paging *paging = paging_of(trap->place);
+    return paging && paging_find(paging, physical, PAGING_MANY_TABLES, address);
+}
+
+static const struct door *the_door(void);
+
+static struct trap make_trap(struct place *place, unsigned access, uint32_t msr, uint64_t rip)
+{
+    const struct kvm_regs *regs = &place->regs;
+    return (struct trap){
+        .door = the_door(),
+        .place = place,
+        .vcpu = place->cpu->index,
+        .access = (uint8_t)access,
+        .rip = rip,
+        .rsp = regs->rsp,
+        .msr = msr,
+        .value = regs->rdx << 32 | (uint32_t)regs->rax,
+    };
+}
+
+#define BIT(number) (UINT32_C(1) << (number))
+
+/* Where the vCPU's thread goes on. */
+enum next { INTO_GUEST, TO_VMM, TO_VMM_INTERRUPTED };
+
+/* Finishes the instruction, then has registers that were changed become the guest's; `now` are all of them. False: it led to an exit,
+ * which the VMM has to handle. */
+static bool complete_with(struct cpu *cpu, const struct kvm_regs *regs, uint32_t changed, struct kvm_regs *now)
+{
+    bool completed = kvm_complete(cpu);
+    state_get_regs(cpu, now);
+    for (unsigned number = 0; number < VMEXIT_ASKED_REGISTERS; number++)
+        if (changed >> number & 1)
+            *state_register(now, number) = *state_register((struct kvm_regs *)regs, number);
+    if (changed)
+        state_set_regs(cpu, now);
+    return completed;
+}
+
+/* Finishes an access that was carried out, and lets the events of stage post act right behind it. */
+static enum next run_post(const struct promise *done, struct cpu *cpu)
+{
+    struct place place = {.cpu = cpu};
+    bool completed = complete_with(cpu, &done->regs, done->changed, &place.regs);
+    struct trap trap = make_trap(&place, done->access, done->msr, done->rip);
+    if (place.regs.rip - done->rip <= LARGEST_INSTRUCTION)
+        trap.length = (uint8_t)(place.regs.rip - done->rip);
+    enum verdict verdict = core_post(&trap);
+    if (place.changed)
+        state_set_regs(cpu, &place.regs);
+    bool interrupted = verdict == STOP && halt_here(cpu);
+    return !completed ? TO_VMM : interrupted ? TO_VMM_INTERRUPTED : INTO_GUEST;
+}
+
+/* An access has been carried out, or has faulted. */
+static enum next go_on(const struct promise *done, struct cpu *cpu, bool failed)
+{
+    struct kvm_regs now;
+    struct promise kept = *done;
+    /* A read has its result there. */
+    if (kept.access == VMEXIT_RDMSR && !failed)
+        kept.changed &= ~(BIT(VMEXIT_RAX) | BIT(VMEXIT_RDX));
+    if (kept.wants_post && !failed)
+        return run_post(&kept, cpu);
+    if (kept.changed == 0)
+        return INTO_GUEST;
+    return complete_with(cpu, &kept.regs, kept.changed, &now) ? INTO_GUEST : TO_VMM;
+}
+
+/* Goes on as if the instruction were none, or where a callback has sent the guest. */
+static enum next skip(struct place *place, const struct trap *trap)
+{
+    struct kvm_run *run = place->cpu->run;
+    uint32_t changed = place->changed;
+    if (place->regs.rip == trap->rip)
+        changed &= ~BIT(VMEXIT_RIP);
+    run->msr.error = 0;
+    if (trap->access == VMEXIT_RDMSR) {
+        /* KVM puts this into EDX:EAX, and clears the upper halves. */
+        run->msr.data = place->regs.rdx << 32 | (uint32_t)place->regs.rax;
+        if ((place->regs.rax | place->regs.rdx) >> 32)
+            changed |= BIT(VMEXIT_RAX) | BIT(VMEXIT_RDX);
+    }
+    if (changed == 0)
+        return INTO_GUEST;
+    struct kvm_regs now;
+    return complete_with(place->cpu, &place->regs, changed, &now) ? INTO_GUEST : TO_VMM;
+}
+
+/* Halts the machine with the vCPU at the instruction, and nothing done. */
+static enum next stop_before(struct place *place, const struct trap *trap, struct progress progress)
+{
+    struct cpu *cpu = place->cpu;
+    cpu->run->msr.error = 0;
+    kvm_complete(cpu);
+    kvm_plain(cpu->fd, KVM_SET_REGS, &place->regs);
+    if (place->regs.rip == trap->rip)
+        hold_put(trap, trap->rsp, progress, true);
+    return halt_here(cpu) ? TO_VMM_INTERRUPTED : INTO_GUEST;
+}
+
+static enum next carry_out(struct place *place, const struct trap *trap)
+{
+    struct cpu *cpu = place->cpu;
+    const struct promise promise = {
+        .pending = true,
+        .wants_post = trap->wants_post,
+        .access = trap->access,
+        .msr = trap->msr,
+        .changed = place->changed,
+        .rip = trap->rip,
+        .regs = place->regs,
+    };
+    enum carried carried = msrs_carry_out(cpu, trap->access == VMEXIT_WRMSR, trap->msr, trap->value);
+    if (carried != LEFT_TO_VMM)
+        return go_on(&promise, cpu, carried == FAULTED);
+    cpu->promise = promise;
+    return TO_VMM;
+}
+
+/* The VMM has carried out what was left to it. */
+static enum next keep_promise(struct cpu *cpu)
+{
+    cpu->promise.pending = false;
+    enum next next = go_on(&cpu->promise, cpu, cpu->run->msr.error);
+    /* Whatever else there is to do wants it finished. */
+    return next == INTO_GUEST && !kvm_complete(cpu) ? TO_VMM : next;
+}
+
+static enum next on_trap(struct cpu *cpu, unsigned access)
+{
+    struct place place = {.cpu = cpu};
+    state_get_regs(cpu, &place.regs);
+    struct trap trap = make_trap(&place, access, cpu->run->msr.index, place.regs.rip);
+    struct progress progress = hold_take(trap.rip, trap.rsp);
+    enum verdict verdict = core_pre(&trap, &progress);
+    if (verdict == STOP)
+        return stop_before(&place, &trap, progress);
+    if (verdict == SKIP || place.regs.rip != trap.rip)
+        return skip(&place, &trap);
+    return carry_out(&place, &trap);
+}
+
+/* An access that the filter has kept from KVM: an event's, the VMM's, or one that was an event's until just now. */
+static enum next on_msr_exit(struct cpu *cpu)
+{
+    struct kvm_run *run = cpu->run;
+    const bool write = run->exit_reason == KVM_EXIT_X86_WRMSR;
+    const unsigned access = write ? VMEXIT_WRMSR : VMEXIT_RDMSR;
+    if (core_wants(access, run->msr.index) && cpu->index < core_vcpus())
+        return on_trap(cpu, access);
+    return msrs_carry_out(cpu, write, run->msr.index, run->msr.data) == LEFT_TO_VMM ? TO_VMM : INTO_GUEST;
+}
+
+/* ---- KVM_RUN ---- */
+
+static bool is_filter_exit(const struct kvm_run *run)
+{
+    return (run->exit_reason == KVM_EXIT_X86_WRMSR || run->exit_reason == KVM_EXIT_X86_RDMSR) &&
+           run->msr.reason == KVM_MSR_EXIT_REASON_FILTER;
+}
+
+static bool needs_attention(const struct cpu *cpu)
+{
+    return __atomic_load_n(&vm.is_parked, __ATOMIC_SEQ_CST) || __atomic_load_n(&cpu->changed, __ATOMIC_RELAXED) || cpu->promise.pending;
+}
+
+/* What there is to do between two entries. */
+static enum next attend(struct cpu *cpu)
+{
+    enum next next = INTO_GUEST;
+    if (cpu->promise.pending)
+        next = keep_promise(cpu);
+    else if (!kvm_complete(cpu))
+        next = TO_VMM;
+    while (next == INTO_GUEST && needs_attention(cpu)) {
+        state_apply(cpu);
+        if (__atomic_load_n(&vm.is_parked, __ATOMIC_SEQ_CST) && !halt_sleep(cpu))
+            next = TO_VMM_INTERRUPTED;
+    }
+    return next;
+}
+
+static int run_until_exit(struct cpu *cpu)
+{
+    for (;;) {
+        enum next next = INTO_GUEST;
+        if (__builtin_expect(needs_attention(cpu), 0))
+            next = attend(cpu);
+        if (next == INTO_GUEST) {
+            int result = enter_guest(cpu);
+            if (result != 0 || !is_filter_exit(cpu->run))
+                return result;
+            next = on_msr_exit(cpu);
+        }
+        if (next == TO_VMM)
+            return 0;
+        if (next == TO_VMM_INTERRUPTED) {
+            errno = EINTR;
+            return -1;
+        }
+    }
+}
+
+static int run(struct cpu *cpu)
+{
+    if (__builtin_expect(!cpu->passed || !pthread_equal(cpu->owner, pthread_self()), 0)) {
+        cpu->owner = pthread_self();
+        halt_adopt(cpu);
+        __atomic_store_n(&cpu->passed, true, __ATOMIC_RELEASE);
+    }
+    __atomic_store_n(&cpu->busy, true, __ATOMIC_SEQ_CST);
+    int result = run_until_exit(cpu);
+    int error = errno;
+    __atomic_store_n(&cpu->busy, false, __ATOMIC_SEQ_CST);
+    errno = error;
+    return result;
+}
+
+/* ---- the VM ---- */
+
+struct cpu *kvm_add_cpu(int fd, struct kvm_run *run)
+{
+    struct cpu *cpu = calloc(1, sizeof *cpu);
+    int wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    pthread_mutex_lock(&kvm_lock);
+    bool has_room = cpu != NULL && wake >= 0 && vm.count < KVM_MOST_VCPUS;
+    if (has_room) {
+        if (vm.count == 0)
+            vm.has_sync_regs = kvm_plain(vm.fd, KVM_CHECK_EXTENSION, (void *)KVM_CAP_SYNC_REGS) & KVM_SYNC_X86_REGS;
+        *cpu = (struct cpu){.fd = fd, .index = vm.count, .run = run, .wake = wake};
+        vm.cpus[vm.count] = cpu;
+        __atomic_store_n(&vm.count, vm.count + 1, __ATOMIC_RELEASE);
+    }
+    pthread_mutex_unlock(&kvm_lock);
+    if (has_room)
+        return cpu;
+    free(cpu);
+    if (wake >= 0)
+        close(wake);
+    return NULL;
+}
+
+static struct cpu *find(int fd)
+{
+    static __thread struct cpu *mine;
+    if (mine && mine->fd == fd)
+        return mine;
+    for (unsigned i = 0; i < __atomic_load_n(&vm.count, __ATOMIC_ACQUIRE); i++)
+        if (vm.cpus[i]->fd == fd)
+            return mine = vm.cpus[i];
+    return NULL;
+}
+
+/* ---- what the link asks for ---- */
+
+static struct cpu *reachable(unsigned vcpu, int *status)
+{
+    *status = VMEXIT_REFUSED;
+    if (vcpu >= core_vcpus() || vcpu >= __atomic_load_n(&vm.count, __ATOMIC_ACQUIRE))
+        return NULL;
+    *status = VMEXIT_RUNNING;
+    return core_is_asking(vcpu) || !halt_is_running() ? vm.cpus[vcpu] : NULL;
+}
+
+static int get_registers(unsigned vcpu, uint64_t *registers)
+{
+    int status;
+    uint64_t values[KVM_REGISTERS];
+    struct cpu *cpu = reachable(vcpu, &status);
+    if (cpu == NULL)
+        return status;
+    if (!state_get(cpu, (UINT64_C(1) << VMEXIT_REGISTERS) - 1, values))
+        return VMEXIT_UNAVAILABLE;
+    memcpy(registers, values, VMEXIT_REGISTERS * sizeof *registers);
+    return VMEXIT_OK;
+}
+
+static int set_register(unsigned vcpu, unsigned number, uint64_t value)
+{
+    int status;
+    struct cpu *cpu = reachable(vcpu, &status);
+    if (cpu == NULL || core_is_asking(vcpu)) /* a question's registers go with its answer */
+        return cpu ? VMEXIT_RUNNING : status;
+    if (!state_would_take(cpu, number, value))
+        return VMEXIT_UNAVAILABLE;
+    state_change(cpu, number, value);
+    hold_follow(vcpu, number, value);
+    return VMEXIT_OK;
+}
+
+static int access_memory(unsigned vcpu, bool physical, bool write, uint64_t address, void *bytes, uint32_t length)
+{
+    int status;
+    struct paging paging;
+    if (!state_has_memory())
+        return VMEXIT_UNAVAILABLE;
+    struct cpu *cpu = reachable(vcpu, &status);
+    if (cpu == NULL)
+        return status;
+    if (physical)
+        return state_access_memory(write, address, bytes, length) ? VMEXIT_OK : VMEXIT_UNREADABLE;
+    bool done = state_get_paging(cpu, &paging) && paging_access(&paging, address, bytes, length, write);
+    return done ? VMEXIT_OK : VMEXIT_UNREADABLE;
+}
+
+static int decide(unsigned vcpu, bool skip) { return hold_decide(vcpu, skip) ? VMEXIT_OK : VMEXIT_REFUSED; }
+
+static struct door door = {
+    .name = "kvm",
+    .capabilities = VMEXIT_CAN_RECORD | VMEXIT_CAN_READ | VMEXIT_CAN_MODIFY | VMEXIT_CAN_SKIP | VMEXIT_CAN_POST | VMEXIT_CAN_BREAK |
+                    VMEXIT_CAN_HALT,
+    .get_asked = get_asked,
+    .set_asked = set_asked,
+    .get_general = get_general,
+    .set_general = set_asked,
+    .read_register = read_register,
+    .write_register = write_register,
+    .reach_memory = reach_memory,
+    .to_physical = to_physical,
+    .to_virtual = to_virtual,
+    .enter_thread = halt_prepare,
+    .get_registers = get_registers,
+    .set_register = set_register,
+    .access_memory = access_memory,
+    .decide = decide,
+    .resume = halt_resume,
+    .set_events = msrs_want,
+    .set_halted = halt_set,
+    .is_running = halt_is_running,
+};
+
+static const struct door *the_door(void) { return &door; }
+
+/* ---- serving a debugger ---- */
+
+bool kvm_serve(int listening)
+{
+    const unsigned there = __atomic_load_n(&vm.count, __ATOMIC_ACQUIRE);
+    if (state_has_memory())
+        door.capabilities |= VMEXIT_CAN_MEMORY | VMEXIT_CAN_MEMORY_WRITE;
+    if (!core_init(&door, there + SPARE_VCPUS))
+        return false;
+    for (unsigned i = 0; i < there; i++)
+        core_vcpu_up(i);
+    return link_start(listening);
+}
+
+/* As it was preloaded: what the environment says. */
+static struct {
+    int listening;
+    bool waits; /* the machine does not run before a debugger lets it */
+    pthread_once_t once;
+} start = {.listening = -1, .once = PTHREAD_ONCE_INIT};
+
+static void complain(const char *what) { fprintf(stderr, "vmexit agent: %s\n", what); }
+
+static void serve(void)
+{
+    if (!kvm_serve(start.listening)) {
+        complain("out of memory or descriptors; this machine runs without it");
+        __atomic_store_n(&vm.is_parked, false, __ATOMIC_SEQ_CST);
+    }
+}
+
+static void *serve_when_called(void *unused)
+{
+    (void)unused;
+    struct pollfd fd = {.fd = start.listening, .events = POLLIN};
+    while (poll(&fd, 1, -1) <= 0)
+        ;
+    serve();
+    return NULL;
+}
+
+/* How many vCPUs there are has to be known before the first debugger comes. One that speaks to the VMM itself comes when they are all
+ * made; for one that does not, it is when the first of them is to run. */
+static void start_serving(void)
+{
+    pthread_t thread;
+    sigset_t all, before;
+    if (start.waits) {
+        halt_at_start();
+        serve();
+        return;
+    }
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    if (pthread_create(&thread, NULL, serve_when_called, NULL) == 0)
+        pthread_detach(thread);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+}
+
+/* ---- the VMM's ioctls ---- */
+
+static int create_vm(int fd, void *argument)
+{
+    int result = kvm_plain(fd, KVM_CREATE_VM, argument);
+    /* A VM without vCPUs was made to try something out. */
+    if (result >= 0 && vm.count == 0) {
+        vm.fd = result;
+        vm.run_bytes = (uint32_t)kvm_plain(fd, KVM_GET_VCPU_MMAP_SIZE, NULL);
+    }
+    return result;
+}
+
+static int create_vcpu(void *argument)
+{
+    int fd = kvm_plain(vm.fd, KVM_CREATE_VCPU, argument);
+    if (fd < 0)
+        return fd;
+    void *run = mmap(NULL, vm.run_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    struct cpu *cpu = run == MAP_FAILED ? NULL : kvm_add_cpu(fd, run);
+    if (cpu == NULL)
+        complain("a vCPU cannot be looked at: out of memory, or too many");
+    else if (core_vcpus() > cpu->index) {
+        core_vcpu_up(cpu->index);
+        link_announce_vcpu(cpu->index);
+    } else if (core_vcpus())
+        complain("a vCPU was added that cannot be trapped on: too many since the machine began");
+    if (cpu && !start.waits)
+        pthread_once(&start.once, start_serving);
+    return fd;
+}
+
+static int on_vm(unsigned long request, void *argument)
+{
+    switch ((uint32_t)request) {
+    case (uint32_t)KVM_CREATE_VCPU:
+        return create_vcpu(argument);
+    case (uint32_t)KVM_ENABLE_CAP:
+        if (((struct kvm_enable_cap *)argument)->cap != KVM_CAP_X86_USER_SPACE_MSR)
+            break;
+        return msrs_enable_cap(argument);
+    case (uint32_t)KVM_X86_SET_MSR_FILTER:
+        return msrs_set_filter(argument);
+    default:
+        /* With guest_memfd there is a second one that begins as the first. */
+        if (_IOC_NR(request) == _IOC_NR(KVM_SET_USER_MEMORY_REGION) || _IOC_NR(request) == 0x49)
+            return state_set_memory(request, argument);
+    }
+    return kvm_plain(vm.fd, request, argument);
+}
+
+static int set_signal_mask(int fd, const struct kvm_signal_mask *given)
+{
+    struct {
+        struct kvm_signal_mask head;
+        uint8_t mask[8];
+    } amended = {.head.len = sizeof amended.mask};
+    if (given == NULL || given->len != sizeof amended.mask)
+        return kvm_plain(fd, KVM_SET_SIGNAL_MASK, (void *)given);
+    memcpy(amended.mask, given->sigset, sizeof amended.mask);
+    halt_amend_mask(amended.mask, sizeof amended.mask);
+    return kvm_plain(fd, KVM_SET_SIGNAL_MASK, &amended);
+}
+
+static int on_kvm(int fd, unsigned long request, void *argument)
+{
+    struct cpu *cpu;
+    if ((uint32_t)request == KVM_RUN && (cpu = find(fd)) != NULL) {
+        if (start.waits)
+            pthread_once(&start.once, start_serving);
+        return run(cpu);
+    }
+    if ((uint32_t)request == KVM_CREATE_VM)
+        return create_vm(fd, argument);
+    if (fd == vm.fd)
+        return on_vm(request, argument);
+    if ((uint32_t)request == (uint32_t)KVM_SET_SIGNAL_MASK && find(fd) != NULL)
+        return set_signal_mask(fd, argument);
+    return kvm_plain(fd, request, argument);
+}
+
+/* A VMM that nobody looks at pays for two comparisons. */
+int kvm_ioctl(int fd, unsigned long request, ...)
+{
+    va_list list;
+    va_start(list, request);
+    void *argument = va_arg(list, void *);
+    va_end(list);
+    if (_IOC_TYPE(request) != KVMIO || !vm.active)
+        return kvm_plain(fd, request, argument);
+    return on_kvm(fd, request, argument);
+}
+
+/* Preloaded, it stands before the C library's. */
+EXPORT int ioctl(int fd, unsigned long request, ...) __attribute__((alias("kvm_ioctl")));
+
+/* ---- the beginning ---- */
+
+__attribute__((constructor)) static void look_at_environment(void)
+{
+    const char *settings = getenv("VMEXIT_AGENT");
+    int listening;
+    if (settings == NULL || sscanf(settings, "link=%d", &listening) != 1 || !link_is_listening(listening))
+        return;
+    start.listening = listening;
+    start.waits = strstr(settings, ",wait") != NULL;
+    vm.active = true;
+}
+#endif

@@ -1,0 +1,180 @@
+/* Halting a machine under KVM: a QEMU that exports its internals halts itself, as for its own monitor. For any other VMM the agent keeps
+ * the vCPUs from entering the guest; the VMM's other threads go on. */
+#define _GNU_SOURCE
+#if defined(__x86_64__)
+#include <errno.h>
+#include <poll.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "kvm.h"
+#include "qemu.h"
+
+/* What the agent writes into kvm_run.immediate_exit, where a VMM writes 1: so neither takes away what the other wants. */
+enum { FETCHED = 2 };
+/* A vCPU that sleeps here lets its VMM look so often whether it has something else for it to do. */
+enum { SLEEP_MS = 100 };
+enum { PATIENCE_MS = 5000 };
+
+static int fetch_signal; /* 0: not chosen yet */
+
+static void moment(void)
+{
+    const struct timespec time = {.tv_nsec = 1000000};
+    nanosleep(&time, NULL);
+}
+
+/* ---- where the agent keeps vCPUs from running ---- */
+
+static void ignore_signal(int number) { (void)number; }
+
+/* A signal that nobody uses, with a handler that does nothing: it makes KVM_RUN return. */
+static int choose_signal(void)
+{
+    pthread_mutex_lock(&kvm_lock);
+    for (int number = SIGRTMAX - 1; number > SIGRTMIN && fetch_signal == 0; number--) {
+        struct sigaction action;
+        if (sigaction(number, NULL, &action) != 0 || action.sa_handler != SIG_DFL)
+            continue;
+        action = (struct sigaction){.sa_handler = ignore_signal};
+        if (sigaction(number, &action, NULL) == 0)
+            fetch_signal = number;
+    }
+    pthread_mutex_unlock(&kvm_lock);
+    return fetch_signal;
+}
+
+void halt_adopt(struct cpu *cpu)
+{
+    __atomic_store_n(&cpu->thread, (pid_t)syscall(SYS_gettid), __ATOMIC_RELEASE);
+    if (qemu_can_halt())
+        return;
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, choose_signal());
+    pthread_sigmask(SIG_UNBLOCK, &set, NULL);
+}
+
+void halt_amend_mask(uint8_t *mask, uint32_t bytes)
+{
+    if (qemu_can_halt())
+        return;
+    const unsigned bit = (unsigned)choose_signal() - 1;
+    if (bit / 8 < bytes)
+        mask[bit / 8] &= (uint8_t) ~(1u << bit % 8);
+}
+
+/* Waiting for the debugger is as good as being halted: it is halted before it enters the guest again. */
+static bool is_busy(const struct cpu *cpu) { return __atomic_load_n(&cpu->busy, __ATOMIC_SEQ_CST) && !core_is_waiting(cpu->index); }
+static bool is_parked(void) { return __atomic_load_n(&vm.is_parked, __ATOMIC_SEQ_CST); }
+
+static void fetch(struct cpu *cpu)
+{
+    uint8_t nothing = 0;
+    __atomic_compare_exchange_n(&cpu->run->immediate_exit, &nothing, FETCHED, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+    pid_t thread = __atomic_load_n(&cpu->thread, __ATOMIC_ACQUIRE);
+    if (thread && fetch_signal)
+        syscall(SYS_tgkill, getpid(), thread, fetch_signal);
+}
+
+/* Waits until no vCPU but this one runs, or does anything for a trap; not for longer than that, and not once the machine is to run on. */
+static bool wait_until_quiet(const struct cpu *self, int milliseconds)
+{
+    for (unsigned i = 0; i < __atomic_load_n(&vm.count, __ATOMIC_ACQUIRE); i++)
+        while (vm.cpus[i] != self && is_busy(vm.cpus[i]) && is_parked()) {
+            if (milliseconds-- == 0)
+                return false;
+            fetch(vm.cpus[i]);
+            moment();
+        }
+    return true;
+}
+
+bool halt_sleep(struct cpu *cpu)
+{
+    uint64_t count;
+    struct pollfd fd = {.fd = cpu->wake, .events = POLLIN};
+    __atomic_store_n(&cpu->busy, false, __ATOMIC_SEQ_CST);
+    int woken = poll(&fd, 1, SLEEP_MS);
+    __atomic_store_n(&cpu->busy, true, __ATOMIC_SEQ_CST);
+    if (woken > 0)
+        (void)!read(cpu->wake, &count, sizeof count);
+    return woken > 0;
+}
+
+static void unpark(void)
+{
+    const uint64_t one = 1;
+    __atomic_store_n(&vm.is_parked, false, __ATOMIC_SEQ_CST);
+    for (unsigned i = 0; i < __atomic_load_n(&vm.count, __ATOMIC_ACQUIRE); i++)
+        (void)!write(vm.cpus[i]->wake, &one, sizeof one);
+    link_announce_machine(true);
+}
+
+void halt_at_start(void) { __atomic_store_n(&vm.is_parked, true, __ATOMIC_SEQ_CST); }
+
+/* ---- both ---- */
+
+void halt_prepare(void)
+{
+    if (rcu_register_thread)
+        rcu_register_thread();
+    if (!qemu_can_halt())
+        return;
+    qemu_lock();
+    qemu_watch_state(link_announce_machine);
+    qemu_unlock();
+}
+
+bool halt_is_running(void) { return qemu_can_halt() ? qemu_is_running() : !is_parked(); }
+
+bool halt_here(struct cpu *cpu)
+{
+    if (qemu_can_halt()) {
+        vm_stop(RUN_STATE_PAUSED);
+        link_machine_held();
+        return true;
+    }
+    if (!__atomic_exchange_n(&vm.is_parked, true, __ATOMIC_SEQ_CST)) {
+        link_machine_held();
+        if (wait_until_quiet(cpu, -1) && is_parked())
+            link_announce_machine(false);
+    }
+    return false;
+}
+
+int halt_set(bool halted)
+{
+    if (qemu_can_halt()) {
+        if (halted)
+            qemu_halt();
+        else
+            qemu_resume();
+        return VMEXIT_OK;
+    }
+    if (!halted) {
+        unpark();
+        return VMEXIT_OK;
+    }
+    if (__atomic_exchange_n(&vm.is_parked, true, __ATOMIC_SEQ_CST))
+        return VMEXIT_OK;
+    if (!wait_until_quiet(NULL, PATIENCE_MS)) {
+        unpark();
+        return VMEXIT_UNAVAILABLE;
+    }
+    link_announce_machine(false);
+    return VMEXIT_OK;
+}
+
+void halt_resume(void)
+{
+    if (qemu_can_halt())
+        qemu_resume();
+    else
+        unpark();
+}
+#endif

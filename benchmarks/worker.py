@@ -94,7 +94,7 @@ def _attached(
     printed: list[bytes] = []
     with vmexit.launch(arguments, output=lambda _, data: printed.append(data)) as debugger:
         check_seen = set_up(debugger)
-        watch = MemoryWatch(debugger.target.pid)  # type: ignore[attr-defined]
+        watch = MemoryWatch(debugger.target.pid)
         cpu = time.process_time()
         with stopwatch() as seconds:
             stop = debugger.run()

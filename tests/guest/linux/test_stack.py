@@ -9,7 +9,7 @@ import pytest
 
 from tests.guest.linux.fake_linux import FakeLinux
 from vmexit.guest.linux.running import Linux
-from vmexit.guest.linux.stack import _NUMBERINGS, MOST_FRAMES, Frame, Stacks
+from vmexit.guest.linux.stack import _KINDS, _NUMBERINGS, MOST_FRAMES, Frame, Stacks
 
 Attach = Callable[[FakeLinux], Linux]
 BP, SP, R10, BP_INDIRECT, SP_INDIRECT = 4, 5, 6, 8, 9
@@ -38,7 +38,7 @@ class Orc:
             self.guest.write(table + 6 * index, struct.pack("<hhH", sp_offset, bp_offset, sp | bp << 4 | bits))
         self.code = places
         self.stacks._table = (places, table, len(entries))
-        self.stacks._has_wide_type = is_wide
+        self.stacks._kinds = _KINDS[2 if is_wide else 0]
         self.stacks._numbering = _NUMBERINGS[3 if is_wide else 5]
         self.linux._code = [(places, places + 0x10_0000)]
         self.stack = self.guest.allocate(0x8000) + 0x3FFF & ~0x3FFF
@@ -146,6 +146,19 @@ def test_stacks_that_lie_end(attach: Attach) -> None:
 def test_a_program_is_one_frame(attach: Attach) -> None:
     orc = Orc(attach, BASIC)
     assert orc.offsets(orc.frames(0x1004, {}, cs=0x33)) == [(0x1004, 0x1000)]
+
+
+@pytest.mark.parametrize(("kind", "register", "frames"), [(0, 5, 2), (2, 3, 2), (1, 5, 1), (2, 7, 1), (3, 3, 1)])
+def test_how_entries_are_written_is_found_out(attach: Attach, kind: int, register: int, frames: int) -> None:
+    """By the one of a function's first instruction, which is known to be a call's with RSP and 8."""
+    orc = Orc(attach, BASIC[:1])
+    assert orc.stacks._table is not None
+    # Of the made-up kernel's functions one is where there is an entry.
+    orc.linux.profile.symbols._by_name["native_write_msr"] = orc.code + 0x1000 - orc.linux.slide
+    orc.guest.write(orc.stacks._table[1], struct.pack("<hhH", 8, 0, register | kind << 8))
+    orc.stacks._kinds, orc.stacks._numbering = {}, {}
+    found = orc.frames(0x1004, {0x1000: orc.code + 0x1008, 0x1008: 0})
+    assert len([frame for frame in found if not frame.is_guess]) == frames
 
 
 def test_guesses(attach: Attach) -> None:

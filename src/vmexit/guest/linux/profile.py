@@ -39,7 +39,6 @@ _WANTED: Mapping[str, tuple[str, ...]] = {
     ),
     "mod_kallsyms": ("symtab", "num_symtab", "strtab", "typetab"),
     _PERCPU_HOT: ("current_task",),
-    "orc_entry": ("end",),
 }
 _SIZES = ("task_struct", "module")
 

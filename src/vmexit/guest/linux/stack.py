@@ -29,6 +29,11 @@ _NUMBERINGS: Mapping[int, Mapping[int, int]] = {
     5: {number: number for number in range(10)},
     3: {0: _UNDEFINED, 2: _DX, 3: _SP, 4: _BP, 6: _R10, 7: _R13, 8: _PREV_SP, 9: _SP_INDIRECT, 10: _BP_INDIRECT},
 }
+# Likewise the kinds, by what a function begins with: up to Linux 6.3 two bits and one for the end of a stack, later three bits.
+_KINDS: Mapping[int, Mapping[int, str]] = {
+    0: {0: "call", 1: "regs", 2: "iret", 4: "end", 5: "end", 6: "end", 7: "end"},
+    2: {1: "end", 2: "call", 3: "regs", 4: "iret"},
+}
 _FUNCTIONS = ("schedule", "native_write_msr", "kmem_cache_alloc")
 _REGISTERS = {_DX: "rdx", _DI: "rdi", _R10: "r10", _R13: "r13"}
 
@@ -80,8 +85,7 @@ class Stacks:
         self._table: tuple[int, int, int] | None = None
         if start is not None and stop is not None and entries is not None and 0 < stop - start < 4 * _MOST_ENTRIES:
             self._table = start + linux.slide, entries + linux.slide, (stop - start) // 4
-        # From Linux 6.4 on the end of a stack is a type, and the type has three bits.
-        self._has_wide_type = "orc_entry.end" not in linux.profile.offsets
+        self._kinds: Mapping[int, str] = {}
         self._numbering: Mapping[int, int] = {}
 
     def frames(self, registers: Mapping[str, int]) -> Iterator[Frame]:
@@ -162,16 +166,19 @@ class Stacks:
         if table is None:
             return None
         data = self._lookup(table, ip)
-        return self._entry(data) if data and (self._numbering or self._choose_numbering()) else None
+        return self._entry(data) if data and (self._numbering or self._choose_layout()) else None
 
-    def _choose_numbering(self) -> bool:
+    def _choose_layout(self) -> bool:
+        """Finds out how this kernel writes its entries; whether that is known."""
         for name in _FUNCTIONS:
             address = self._linux.profile.symbols.find(name)
             data = self._lookup(self._table, address + self._linux.slide) if address and self._table else None
             if data:
-                self._numbering = _NUMBERINGS.get(data[4] & 15, {})
-                return bool(self._numbering)
-        return False
+                rest = _ENTRY.unpack(data)[2]
+                self._kinds = _KINDS.get(rest >> 8 & 7, {})
+                self._numbering = _NUMBERINGS.get(rest & 15, {}) if self._kinds else {}
+                break
+        return bool(self._numbering)
 
     def _lookup(self, table: tuple[int, int, int], ip: int) -> bytes | None:
         """The entry for an instruction as it lies in memory."""
@@ -192,10 +199,7 @@ class Stacks:
     def _entry(self, data: bytes) -> _Entry | None:
         sp_offset, bp_offset, rest = _ENTRY.unpack(data)
         sp_register, bp_register = self._numbering.get(rest & 15, -1), self._numbering.get(rest >> 4 & 15, -1)
-        if self._has_wide_type:
-            kind = ("", "end", "call", "regs", "iret", "", "", "")[rest >> 8 & 7]
-        else:
-            kind = "end" if rest >> 10 & 1 else ("call", "regs", "iret", "")[rest >> 8 & 3]
+        kind = self._kinds.get(rest >> 8 & 7, "")
         if kind != "end" and (not kind or sp_register in (-1, _UNDEFINED) or bp_register == -1):
             return None
         return _Entry(sp_offset, bp_offset, sp_register, bp_register, kind)

@@ -19,6 +19,7 @@ from vmexit import Debugger, LiveTrap, Stage, State, StopReason, Trap
 from vmexit.errors import TargetError, UsageError, VmexitError
 from vmexit.link.client import RequestError
 from vmexit.link.wire import Capability
+from vmexit.prints import Printed
 from vmexit.targets.kvm import Vmm, untrappable_under_kvm
 from vmexit.targets.qemu import Qemu
 
@@ -29,12 +30,12 @@ PARAVIRTUAL = 0x12345
 
 @contextmanager
 def vmm(
-    name: str, vcpus: int = 1, *, own_msr: int | None = None, **defines: int | str
+    name: str, vcpus: int = 1, *, own_msr: int | None = None, late: bool = False, **defines: int | str
 ) -> Iterator[tuple[Debugger, Path, Output]]:
     """A guest in the VMM that is not QEMU, halted before its first instruction."""
     need_kvm()
     image, output = build(name, **defines), Output()
-    with Debugger(Vmm(str(build_vmm()), vmm_arguments(image, vcpus, own_msr), output=output)) as debugger:
+    with Debugger(Vmm(str(build_vmm()), vmm_arguments(image, vcpus, own_msr, late=late), output=output)) as debugger:
         yield debugger, image, output
 
 
@@ -167,6 +168,15 @@ class TestItsOwnFilter:
             assert [trap.stage for trap in mine] == [Stage.PRE, Stage.POST] * 101
             assert [access_of(trap) for trap in mine[1::2]] == expected.loop(image, 100, PARAVIRTUAL)[2:]
             assert f"sum={5050:016x} last=5a5a5a5a00000001\nown 101\n" in output.text
+
+    def test_one_that_comes_while_events_are_there(self) -> None:
+        with vmm("sequence", own_msr=0xC0000083, late=True) as (debugger, image, output):
+            traps = trapping(debugger, Stage.POST)
+            finish(debugger)
+            refused = {msr for _, msr, _ in expected.SEQUENCE_UNREAD}
+            wanted = [access for access in expected.sequence(image) if access.msr not in refused]
+            assert [access_of(trap) for trap in traps if trap.msr not in refused] == wanted
+            assert "own 2\n" in output.text
 
     def test_what_is_skipped_does_not_reach_it(self) -> None:
         with vmm("loop", own_msr=PARAVIRTUAL, COUNT=100, MSR=PARAVIRTUAL) as (debugger, _, output):
@@ -304,3 +314,47 @@ class TestQemu:
                 if states[-1] == State.RUNNING:
                     break
             assert states[-1] == State.RUNNING
+
+
+class TestScripts:
+    """Scripts run in the vCPU's thread here too."""
+
+    @pytest.mark.parametrize("kind", ["qemu", "vmm"])
+    def test_registers_and_memory(self, kind: str) -> None:
+        with (
+            guest("selfcheck", thread="kvm", DUMP=1) if kind == "qemu" else vmm("selfcheck", DUMP=1) as (debugger, image, output)
+        ):
+            printed: list[Printed] = []
+            debugger.print_listeners.append(printed.append)
+            script = f"""if ($rip == {symbols(image)["dump_wrmsr"]:x}) {{
+                .physical = virtual_to_physical($rip);
+                .there = physical_to_virtual(.physical);
+                .code = poi($rip) & ffff;
+                .cr3 = @cr3;
+                @r10 = .code + (.there == $rip) + (.cr3 == {symbols(image)["pml4"]:x});
+                @rax = 7;
+                printf("%llx", .code);
+            }}"""
+            debugger.on_msr_write(expected.STAR, script=script)
+            finish(debugger)
+            assert [(each.text, each.fault) for each in printed] == [(b"300f", None)]
+            lines = dict(line.split("=") for line in output.text.splitlines())
+            assert lines["r10"] == f"{0x300F + 2:016x}"
+            assert lines["msr"] == f"{0x4000000400000007:016x}"
+
+    def test_a_script_enables_an_event_whose_msr_did_not_trap_before(self) -> None:
+        with vmm("sequence") as (debugger, _, _):
+            second = debugger.on_msr_write(0xC0000083)
+            debugger.enable(second, False)
+            debugger.on_msr_write(expected.LSTAR, script=f"event_enable({second.number:x});")
+            finish(debugger)
+            assert debugger.hits(second) == 1
+
+    def test_a_script_skips_and_pauses(self) -> None:
+        with vmm("sequence") as (debugger, _, output):
+            debugger.on_msr_write(expected.LSTAR, script="event_sc(1);")
+            debugger.on_msr_write(0xC0000083, script="pause();")
+            assert debugger.run(timeout=60).reason == StopReason.BREAK
+            finish(debugger)
+            assert "msr=c0000082 value=0000000000000000" in output.text
+            assert "msr=c0000083 value=ffffa23344556677" in output.text

@@ -30,7 +30,10 @@ def build_vmm(*, static: bool = False) -> Path:
     return target
 
 
-def vmm_arguments(image: Path, vcpus: int = 1, own_msr: int | None = None) -> list[str]:
-    """The arguments, without the program's name, with which it runs a guest."""
+def vmm_arguments(image: Path, vcpus: int = 1, own_msr: int | None = None, *, late: bool = False) -> list[str]:
+    """The arguments, without the program's name, with which it runs a guest.
+
+    ``own_msr``: the VMM keeps this MSR to itself; ``late``: from when the guest first prints something.
+    """
     arguments = [str(image), f"{symbols(image)['boot']:x}", str(vcpus)]
-    return arguments if own_msr is None else [*arguments, f"{own_msr:x}"]
+    return arguments if own_msr is None else [*arguments, f"{own_msr:x}", *(["late"] if late else [])]

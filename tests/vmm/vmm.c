@@ -1,11 +1,11 @@
 /* A small VMM for the bare-metal guests, as unlike QEMU as it can be: no monitor, one thread a vCPU, nothing but KVM.
  *
- *     vmm IMAGE ENTRY [VCPUS] [OWN_MSR]
+ *     vmm IMAGE ENTRY [VCPUS] [OWN_MSR [late]]
  *
  * IMAGE is an ELF file, ENTRY (hexadecimal) where it is entered in 32-bit protected mode. The first serial port is standard output;
  * writing to port 0xf4 ends it with status 2 * value + 1, as QEMU's isa-debug-exit does. With OWN_MSR (hexadecimal) it sets an MSR
  * filter of its own and keeps that MSR itself; it prints "own " and the number of such exits when it ends. Status 70: a mistake of
- * this program's own, or an exit that it did not ask for.
+ * this program's own, or an exit that it did not ask for. With "late" it sets the filter when the guest first prints something.
  */
 #define _GNU_SOURCE
 #include <elf.h>
@@ -28,6 +28,7 @@ static char *memory;
 static uint32_t own_msr;
 static uint64_t own_value;
 static unsigned own_exits;
+static int is_late;
 
 static void check(long result, const char *what)
 {
@@ -100,6 +101,9 @@ static void on_port(struct kvm_run *run)
 {
     uint8_t *data = (uint8_t *)run + run->io.data_offset;
     if (run->io.direction == KVM_EXIT_IO_OUT && run->io.port == 0x3f8) {
+        if (is_late)
+            set_filter();
+        is_late = 0;
         putchar(*data);
         if (*data == '\n')
             fflush(stdout);
@@ -156,7 +160,7 @@ static void *run_vcpu(void *argument)
 int main(int argc, char **argv)
 {
     if (argc < 3) {
-        fprintf(stderr, "usage: vmm IMAGE ENTRY [VCPUS] [OWN_MSR]\n");
+        fprintf(stderr, "usage: vmm IMAGE ENTRY [VCPUS] [OWN_MSR [late]]\n");
         return MISTAKE;
     }
     unsigned vcpus = argc > 3 ? (unsigned)atoi(argv[3]) : 1;
@@ -171,7 +175,8 @@ int main(int argc, char **argv)
     load(argv[1]);
     struct kvm_userspace_memory_region region = {.memory_size = MEMORY, .userspace_addr = (uintptr_t)memory};
     check(ioctl(vm, KVM_SET_USER_MEMORY_REGION, &region), "KVM_SET_USER_MEMORY_REGION");
-    if (own_msr)
+    is_late = argc > 5;
+    if (own_msr && !is_late)
         set_filter();
     int run_bytes = ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0);
     struct vcpu *all = calloc(vcpus, sizeof *all);

@@ -286,8 +286,9 @@ class _Run:
 
     def _end(self) -> int:
         """Says how it ended; gives the exit status."""
-        has_ended = self._debugger.state is State.ENDED
-        has_shut_down = self._debugger.stop is not None and self._debugger.stop.reason is StopReason.SHUTDOWN
+        reason = self._debugger.stop.reason if self._debugger.stop is not None else None
+        has_ended = reason is StopReason.ENDED  # and was not let go of
+        has_shut_down = reason is StopReason.SHUTDOWN
         self._feed.finish()
         # From here on Ctrl-C means that it is to be over at once.
         self._interrupts.are_noted = False

@@ -117,7 +117,7 @@ class _Demo:
 
     def run(self, debugger: Debugger) -> Stop:
         """Traps everything from the first instruction to the last."""
-        debugger.on_msr_write(immediate=True)
+        self.everything = debugger.on_msr_write(immediate=True)
         debugger.on_msr_write(MISC_ENABLE, self.meddle)
         debugger.listeners.append(self.on_traps)
         self._screen.print(self._columns.heading())
@@ -158,7 +158,7 @@ def run(kernel: Path | None = None) -> int:
         finally:
             screen.end_progress()
         screen.print("")
-        screen.print(summary_table(debugger.summary.rows(), debugger.events))
+        screen.print(summary_table([row for row in debugger.summary.rows() if row.event == demo.everything.number], "writes"))
         _check(stop, demo.said)
         total, lost = debugger.summary.total, debugger.dropped()
         screen.print(f"\n{total} records, {lost} lost. The guest has ended; status {stop.exit_status}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,6 @@ from vmexit.commands.layout import address_text, code_place, instruction_at, ins
 from vmexit.console.meaning import Meanings, has_value
 from vmexit.debugger import Debugger, Stop, StopReason
 from vmexit.errors import VmexitError
-from vmexit.events.table import EventTable
 from vmexit.guest.disassembly import Syntax
 from vmexit.link.rings import Records
 from vmexit.link.wire import Access, RecordFlag, Stage
@@ -243,10 +242,13 @@ def error_text(error: VmexitError, place: str = "", *, colour: bool = False) -> 
     return f"{_RED}{first}{_PLAIN}{newline}{rest}"
 
 
-def summary_table(rows: Iterable[MsrSummary], events: EventTable) -> str:
-    """A row for each event and MSR: how often, by which cores, first and last value. One event is not named."""
-    first = 0 if len(events) > 1 else 1
-    table = [("event", "MSR", "name", "", "stage", "count", "cores", "first value", "last value")[first:]]
+def summary_table(rows: Sequence[MsrSummary], counted: str = "count") -> str:
+    """A row for each event and MSR: how often, by which cores, first and last value. If all are of one event it is not named.
+
+    ``counted``: what stands above the numbers.
+    """
+    first = 0 if len({row.event for row in rows}) > 1 else 1
+    table = [("event", "MSR", "name", "", "stage", counted, "cores", "first value", "last value")[first:]]
     meanings = Meanings()
     for row in rows:
         cores = " ".join(f"{core:x}" for core in sorted(row.cores))
@@ -254,7 +256,7 @@ def summary_table(rows: Iterable[MsrSummary], events: EventTable) -> str:
         what = (f"{row.msr:x}", meanings.name(row.msr), _ACCESSES[row.access], _STAGES[row.stage])
         table.append((f"{row.event:x}", *what, f"{row.count:,}", cores, *values)[first:])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    right = {"MSR", "count"}
+    right = {"MSR", counted}
     names = table[0]
     return "\n".join(
         "  ".join(

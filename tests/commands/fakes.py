@@ -20,7 +20,7 @@ from vmexit.link import wire
 from vmexit.link.client import Link, RequestError
 from vmexit.link.rings import Records, joined
 from vmexit.link.wire import Access, Action, Capability, RecordFlag, Stage, Status, constant
-from vmexit.targets.base import Notice, NoticeKind, Untrappable
+from vmexit.targets.base import Notice, NoticeKind, OnlyLooks, Untrappable
 
 PAGE = 0x1000
 EVERYTHING = Capability(sum(Capability))
@@ -174,6 +174,7 @@ class FakeTarget:
     untrappable: tuple[Untrappable, ...] = ()
     found_running: bool | None = None
     wants_halted = False
+    only_looks: OnlyLooks | None = None
     pid = 4711
 
     def __init__(self, vcpus: int = 2) -> None:

@@ -39,6 +39,7 @@ def record(
     value: int = 0xFFFFFFFF81A00080,
     rip: int = 0x101506,
     flags: int = 0,
+    length: int = 2,
 ) -> Records:
     """One record, as the agent writes it."""
     made: Records = np.zeros(1, wire.RECORD)
@@ -54,7 +55,7 @@ def record(
         "stage": stage,
         "action": action,
         "flags": flags,
-        "length": 2,
+        "length": length,
     }
     for name, field in fields.items():
         made[name] = field

@@ -45,7 +45,8 @@ PARAMETERS = (
     (
         "stage pre|post|all",
         "Before the instruction (pre, unless said otherwise), after it (post), or both. What was short-circuited or has faulted "
-        "has no stage post.",
+        "has no stage post. A machine that is only looked at ('vmexit watch', 'vmexit host') has no other, and it need not be "
+        "named.",
     ),
     (
         "pid PID|all",

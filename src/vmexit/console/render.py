@@ -111,7 +111,7 @@ class Columns:
             "  ",
             rips,
         ]
-        faulted = (records["flags"] & RecordFlag.FAULTED) != 0
+        faulted = (records["flags"] & (RecordFlag.FAULTED | RecordFlag.SKIPPED)) == RecordFlag.FAULTED
         for marked, text in ((skipped, _SHORT_CIRCUITED), (faulted, _FAULTED)):
             if marked.any():
                 mark = _table([f"{self._mark}{text}{self._plain}"])

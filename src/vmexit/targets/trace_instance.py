@@ -59,7 +59,7 @@ def folder_of(descriptor: int) -> Path:
 def _find_tracefs() -> tuple[Path, int | None]:
     """Its folder, and the descriptor to be closed if it was mounted for us. Raises TargetError, with what would help."""
     for folder in _MOUNTED:
-        if os.access(folder / "instances", os.W_OK | os.X_OK):
+        if os.access(folder / "instances", os.W_OK | os.X_OK, effective_ids=True):
             return folder, None
     try:
         mount = mount_for_us("tracefs")
@@ -72,10 +72,10 @@ def _why_no_tracefs(error: OSError) -> str:
     if error.errno in (errno.EPERM, errno.EACCES):
         if os.geteuid() != 0:
             return "the kernel's tracepoints are for root: run vmexit as root (sudo)"
-        return "tracefs may not be mounted here (CAP_SYS_ADMIN is missing): run vmexit outside of the container"
+        return "tracefs is closed to us here (CAP_SYS_ADMIN is missing, or the kernel is locked down): run vmexit outside of the container"
     if error.errno == errno.ENODEV:
         return "this kernel has no tracefs (CONFIG_TRACING)"
-    return f"there is no tracefs, and it cannot be mounted ({error.strerror}): mount -t tracefs tracefs {_MOUNTED[0]}"
+    return f"there is no tracefs, and it cannot be mounted ({error.strerror}): mount -t tracefs tracefs /sys/kernel/tracing"
 
 
 def _started(pid: int | str) -> str | None:
@@ -140,6 +140,8 @@ class Instance:
                     descriptors.append(self._pipes[cpu])
         except OSError as error:
             self.close()
+            if error.errno in (errno.EPERM, errno.EACCES):
+                raise TargetError(_why_no_tracefs(error)) from None
             raise TargetError(f"tracing is not to be had here: {error.strerror}") from None
         except BaseException:
             self.close()

@@ -136,7 +136,7 @@ class TestFilters:
         assert [trap.value for trap in kvm.take(final=True)] == [5]
 
     def test_a_filter_that_would_be_too_long(self, host: Made) -> None:
-        host.set(*(event(0x1000 + 2 * i) for i in range(400)))
+        host.set(*(event(0x1000 + 2 * i) for i in range(200)))
         assert host.filters(WRITE) == ("0", "1")
 
     def test_a_filter_that_the_kernel_refuses(self, host: Made) -> None:

@@ -72,7 +72,10 @@ def _why_no_tracefs(error: OSError) -> str:
     if error.errno in (errno.EPERM, errno.EACCES):
         if os.geteuid() != 0:
             return "the kernel's tracepoints are for root: run vmexit as root (sudo)"
-        return "tracefs is closed to us here (CAP_SYS_ADMIN is missing, or the kernel is locked down): run vmexit outside of the container"
+        return (
+            "tracefs is closed to us here (CAP_SYS_ADMIN is missing, or the kernel is locked down): "
+            "run vmexit outside of the container"
+        )
     if error.errno == errno.ENODEV:
         return "this kernel has no tracefs (CONFIG_TRACING)"
     return f"there is no tracefs, and it cannot be mounted ({error.strerror}): mount -t tracefs tracefs /sys/kernel/tracing"

@@ -67,7 +67,7 @@ def test_help(arguments: list[str], capsys: Shown) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ([], "what to do? run, attach, eval, msr, demo or doctor (see vmexit --help)"),
+        ([], "what to do? run, attach, watch, host, eval, msr, demo or doctor (see vmexit --help)"),
         (["walk"], "argument ACTION: invalid choice: 'walk'"),
         (["--bogus"], "unrecognized: --bogus"),
         (["run"], "QEMU's arguments are missing: vmexit run [options] -- QEMU ARGUMENTS"),

@@ -36,6 +36,8 @@ __all__ = [
     "attach",
     "launch",
     "launch_vmm",
+    "watch",
+    "watch_host",
 ]
 
 # Loaded when they are first asked for, so that "vmexit --version" need not wait for numpy, capstone and QMP.
@@ -106,3 +108,23 @@ def attach(pid: int) -> Debugger:
     from vmexit.targets.attach import Attached
 
     return Debugger(Attached(pid))
+
+
+def watch(pid: int) -> Debugger:
+    """The debugger of a virtual machine of KVM's that is only looked at, by the kernel's tracepoints; needs root.
+
+    Events are such that record, in Stage.POST; all else raises VmexitError. Where others halt a machine, this looks no more.
+    Raises TargetError, with the reason in one line, where there is nothing to be seen.
+    """
+    from vmexit.debugger import Debugger
+    from vmexit.targets.tracefs import Watched
+
+    return Debugger(Watched(pid))
+
+
+def watch_host() -> Debugger:
+    """The debugger of the Linux host itself, which is only looked at; as ``watch``."""
+    from vmexit.debugger import Debugger
+    from vmexit.targets.tracefs import Host
+
+    return Debugger(Host())

@@ -1,4 +1,4 @@
-"""The ``vmexit`` command: run, attach, eval, msr, demo, doctor."""
+"""The ``vmexit`` command: run, attach, watch, host, eval, msr, demo, doctor."""
 
 from __future__ import annotations
 
@@ -77,6 +77,29 @@ def _parser(action: str) -> argparse.ArgumentParser:
     )
     _add_session_options(attach)
     attach.add_argument("pid", metavar="PID", nargs="?", type=_pid, help="of the VMM, as ps and 'vmexit attach' show it")
+
+    watch = actions.add_parser(
+        "watch",
+        help="look at a KVM guest that runs already, without touching it",
+        usage="vmexit watch [options] [PID]",
+        description="Shows the MSR accesses of a virtual machine that KVM runs, from the kernel's tracepoint kvm:kvm_msr. "
+        "The VMM and the guest notice nothing; nothing can be stopped or changed. Needs root.",
+        epilog="Without a number the machines are listed. Ctrl-C ends it, or pauses it at the console.",
+        allow_abbrev=False,
+    )
+    _add_session_options(watch)
+    watch.add_argument("pid", metavar="PID", nargs="?", type=_pid, help="of the VMM, as ps and 'vmexit watch' show it")
+
+    host = actions.add_parser(
+        "host",
+        help="look at the MSR accesses of this Linux host itself",
+        usage="vmexit host [options]",
+        description="Shows the MSR accesses of the Linux kernel that vmexit itself runs on, from its tracepoints msr:write_msr "
+        "and msr:read_msr. Nothing can be stopped or changed. Needs root.",
+        epilog="vmexit host -x '!msrwrite log' prints what is written.",
+        allow_abbrev=False,
+    )
+    _add_session_options(host)
 
     evaluate = actions.add_parser("eval", help="compile and run a script without any machine", allow_abbrev=False)
     if action == "eval":
@@ -170,6 +193,11 @@ def _main(argv: list[str]) -> int:
         case "attach":
             pid = _chosen() if parsed.pid is None else parsed.pid
             return 0 if pid is None else _run(parsed, pid=pid)
+        case "watch":
+            pid = _chosen(only_kvm=True) if parsed.pid is None else parsed.pid
+            return 0 if pid is None else _run(parsed, pid=pid, watch=True)
+        case "host":
+            return _run(parsed, watch=True)
         case "eval":
             from vmexit.script.evaluate import main_eval
 
@@ -187,7 +215,7 @@ def _main(argv: list[str]) -> int:
             print(doctor.render(results), flush=True)
             return FAILED_STATUS if any(check.ok is False for check in results) else 0
         case _:
-            raise UsageError("what to do? run, attach, eval, msr, demo or doctor (see vmexit --help)")
+            raise UsageError("what to do? run, attach, watch, host, eval, msr, demo or doctor (see vmexit --help)")
 
 
 def _msr(words: list[str]) -> int:
@@ -205,13 +233,14 @@ def _msr(words: list[str]) -> int:
     return 0
 
 
-def _chosen() -> int | None:
-    """Lists the machines; the process number that a person has chosen, None where there is nobody to choose, or nothing."""
+def _chosen(*, only_kvm: bool = False) -> int | None:
+    """Lists the machines, or just KVM's; the process number that a person has chosen, None where nobody can, or nothing is."""
     from vmexit.targets.attach import machines
 
-    found = machines()
+    found = [machine for machine in machines() if machine.kvm or not only_kvm]
     if not found:
-        raise VmexitError("there is no virtual machine here that KVM runs, or that vmexit was in (other users' are not seen)")
+        others = "" if only_kvm else ", or that vmexit was in"
+        raise VmexitError(f"there is no virtual machine here that KVM runs{others} (other users' are not seen)")
     print(f"{'PID':>8}  {'NAME':24}  {'VCPUS':>5}  {'MEMORY':>9}")
     for machine in found:
         vcpus = str(machine.vcpus) if machine.vcpus else "?"
@@ -220,7 +249,7 @@ def _chosen() -> int | None:
     if not (os.isatty(0) and os.isatty(1)):
         return None
     try:
-        typed = input("attach to which PID? ").strip()
+        typed = input(f"{'watch' if only_kvm else 'attach to'} which PID? ").strip()
     except EOFError:
         return None
     return _pid_typed(typed) if typed else None

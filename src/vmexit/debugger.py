@@ -127,7 +127,7 @@ class Debugger:
         """What a run may take; see set_script_limits."""
         self.started_ns: int | None = None
         """When the machine first ran, by the clock of Trap.time_ns; None: it has not."""
-        self.overflow = Overflow.WAIT
+        self.overflow = Overflow.DROP if target.only_looks else Overflow.WAIT
         self._evaluating: Runtime | None = None
         self._rings = target.link.rings
         self._program = Program(target.link, self.events)
@@ -170,7 +170,8 @@ class Debugger:
         with self.lock:
             event.check()
             self._check_alive()
-            check(event, self.target.link.capabilities, self.target.vcpus, self.target.name, self.target.untrappable)
+            target = self.target
+            check(event, target.link.capabilities, target.vcpus, target.name, target.untrappable, target.only_looks)
             self.events.add(event)
             self._rings.clear_hits(event.slot)
             try:
@@ -233,7 +234,8 @@ class Debugger:
             script = self.compiler.compile(script)
         action = (Action.ASK if callback else Action(0)) | (Action.SCRIPT if script else Action(0))
         if msr is None:
-            msrs = MsrSet.all_but(UNNAMED_WRITES if access == Access.WRMSR else UNNAMED_READS)
+            noise = self.target.only_looks.noise if self.target.only_looks else ()
+            msrs = MsrSet.all_but((*(UNNAMED_WRITES if access == Access.WRMSR else UNNAMED_READS), *noise))
         elif isinstance(msr, int | str):
             msrs = MsrSet.of(msr if isinstance(msr, int) else address_of(msr))
         else:

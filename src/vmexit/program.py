@@ -13,7 +13,7 @@ from vmexit.link.client import Link, RequestError
 from vmexit.link.wire import Action, Capability, EventFlag, EventState, Stage, Status
 from vmexit.script.compile import CompiledScript
 from vmexit.script.runtime import sealed_file
-from vmexit.targets.base import Untrappable
+from vmexit.targets.base import OnlyLooks, Untrappable
 
 _TRIES = 1000
 
@@ -43,10 +43,24 @@ def needed(event: Event) -> Capability:
     return capabilities
 
 
-def check(event: Event, capabilities: Capability, vcpus: int, target: str, untrappable: Sequence[Untrappable] = ()) -> None:
+def check(
+    event: Event,
+    capabilities: Capability,
+    vcpus: int,
+    target: str,
+    untrappable: Sequence[Untrappable] = (),
+    only_looks: OnlyLooks | None = None,
+) -> None:
     """Raises VmexitError, with the reason, for an event that this machine cannot run; EventError where one option is to blame."""
     missing = needed(event) & ~capabilities
+    if only_looks is not None and event.stage & Stage.PRE:
+        raise EventError("stage", f"stage pre is not possible here: {only_looks.reason}")
+    if event.process is not None and (only_looks is None or not only_looks.names_processes):
+        raise EventError("pid", "'pid' is not yet available")
     for capability, (what, option) in _NEEDS.items():
+        if missing & capability and only_looks is not None:
+            hint = "; 'log' prints each access" if capability == Capability.BREAK else ""
+            raise EventError(option, f"{what} is not possible here: {only_looks.reason}{hint}")
         if missing & capability:
             raise EventError(
                 option,
@@ -83,6 +97,7 @@ def lower(event: Event, script: int = 0) -> bytes:
         actions=int(event.action),
         flags=int(flags),
         core=wire.ALL_CORES if event.core is None else event.core,
+        process=wire.ALL_PROCESSES if event.process is None else event.process,
         script=script,
         range_count=len(event.msrs.ranges),
         ranges=[{"first": first, "last": last} for first, last in event.msrs.ranges],

@@ -29,7 +29,7 @@ class Trap(NamedTuple):
     time_ns: int
     """The host's CLOCK_MONOTONIC."""
     rip: int
-    """Of the WRMSR or RDMSR itself, in both stages."""
+    """Of the WRMSR or RDMSR itself, in both stages; 0 where only a tracepoint tells of it."""
     rsp: int
     value: int
     """EDX:EAX: what is about to be written (pre), was written, or was read (post of RDMSR)."""

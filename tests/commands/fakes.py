@@ -20,7 +20,7 @@ from vmexit.link import wire
 from vmexit.link.client import Link, RequestError
 from vmexit.link.rings import Records, joined
 from vmexit.link.wire import Access, Action, Capability, RecordFlag, Stage, Status, constant
-from vmexit.targets.base import Notice, NoticeKind, Untrappable
+from vmexit.targets.base import Notice, NoticeKind, OnlyLooks, Untrappable
 
 PAGE = 0x1000
 EVERYTHING = Capability(sum(Capability))
@@ -39,6 +39,7 @@ def record(
     value: int = 0xFFFFFFFF81A00080,
     rip: int = 0x101506,
     flags: int = 0,
+    length: int = 2,
 ) -> Records:
     """One record, as the agent writes it."""
     made: Records = np.zeros(1, wire.RECORD)
@@ -54,7 +55,7 @@ def record(
         "stage": stage,
         "action": action,
         "flags": flags,
-        "length": 2,
+        "length": length,
     }
     for name, field in fields.items():
         made[name] = field
@@ -174,6 +175,7 @@ class FakeTarget:
     untrappable: tuple[Untrappable, ...] = ()
     found_running: bool | None = None
     wants_halted = False
+    only_looks: OnlyLooks | None = None
     pid = 4711
 
     def __init__(self, vcpus: int = 2) -> None:

@@ -43,6 +43,10 @@ def trap(**fields: int) -> Trap:
             "    0.000000  0     pre   rdmsr  c0000082  -                 0000000000101506  LSTAR",
         ),
         (
+            trap(time_ns=10 * S, stage=Stage.POST, msr=0x5, value=0, rip=0, length=0, flags=int(RecordFlag.FAULTED)),
+            "    0.000000  0     post  wrmsr  00000005  0000000000000000  -                 #GP",
+        ),
+        (
             trap(time_ns=9 * S, flags=SKIPPED, rip=0xFFFFFFFF8103F2B7),
             "    0.000000  0     pre   wrmsr  c0000082  ffffffff81a00080  ffffffff8103f2b7  short-circuited  LSTAR",
         ),
@@ -85,8 +89,9 @@ _RECORDS = st.lists(
         stage=st.sampled_from([Stage.PRE, Stage.POST]),
         msr=st.one_of(st.integers(0, 0xFFFF_FFFF), st.sampled_from([0xC0000080, 0xC0000082, 0x277, 0x830, 0x10])),
         value=st.one_of(st.integers(0, (1 << 64) - 1), st.sampled_from([0, 0xD01])),
-        rip=st.integers(0, (1 << 64) - 1),
-        flags=st.sampled_from([0, 0, SKIPPED, int(RecordFlag.INTERRUPTED)]),
+        rip=st.one_of(st.just(0), st.integers(0, (1 << 64) - 1)),
+        flags=st.one_of(st.just(0), st.integers(0, 7)),
+        length=st.sampled_from([0, 2]),
     ),
     min_size=1,
     max_size=30,

@@ -139,9 +139,9 @@ def test_programs_and_devices(tmp_path: Path) -> None:
     assert doctor.check_program("x", "no-such-program", "for nothing", "none") == Check(
         "x", None, "none (for nothing)", "apt install none"
     )
-    assert doctor.check_kvm(tmp_path / "kvm").detail == "not there; not used by this version"
+    assert doctor.check_kvm(tmp_path / "kvm").detail == "not there; for guests that KVM runs (--accel kvm, --vmm, attach)"
     (tmp_path / "kvm").touch()
-    assert doctor.check_kvm(tmp_path / "kvm").detail == "can be used; not used by this version"
+    assert doctor.check_kvm(tmp_path / "kvm").detail == "can be used; for guests that KVM runs (--accel kvm, --vmm, attach)"
 
 
 def test_whole_report_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

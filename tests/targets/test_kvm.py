@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -148,6 +149,22 @@ class TestVmm:
             os.kill(debugger.target.pid, signal.SIGKILL)
             stop = debugger.run(timeout=60)
             assert (stop.reason, stop.exit_status) == (StopReason.ENDED, -signal.SIGKILL)
+
+
+class TestAsTheGuestsOwn:
+    """A write that is trapped and carried out does what it does when nobody looks."""
+
+    @pytest.mark.parametrize("msr", [0x1B, 0x8B, 0xCE, 0x10A, 0x174, 0x277, 0x345, 0x480, 0x6E1, expected.EFER, expected.LSTAR])
+    @pytest.mark.parametrize("high", [0, 0x7FFF_1234])
+    def test_faults_included(self, msr: int, high: int) -> None:
+        need_kvm()
+        image = build("loop", COUNT=1, MSR=msr, HIGH=high)
+        alone = subprocess.run([build_vmm(), *vmm_arguments(image)], capture_output=True, text=True, timeout=60)
+        with vmm("loop", COUNT=1, MSR=msr, HIGH=high) as (debugger, _, output):
+            traps = trapping(debugger, Stage.PRE)
+            stop = debugger.run(timeout=60)
+            assert (stop.exit_status, output.text) == (alone.returncode, alone.stdout)
+            assert any(trap.msr == msr and trap.value == high << 32 | 1 for trap in traps)
 
 
 class TestItsOwnFilter:

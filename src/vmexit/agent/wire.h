@@ -13,12 +13,13 @@
 #include <stdint.h>
 
 #define VMEXIT_WIRE_MAGIC 0x74697865
-#define VMEXIT_WIRE_VERSION 2
+#define VMEXIT_WIRE_VERSION 3
 
 #define VMEXIT_MAX_EVENTS 256
 #define VMEXIT_MAX_RANGES 16
 #define VMEXIT_MAX_TRANSFER 4096
 #define VMEXIT_ALL_CORES 0xffffffff
+#define VMEXIT_ALL_PROCESSES 0xffffffff
 
 /* What a guest does: vmexit_event.access (a set), vmexit_record.access (one of them). */
 #define VMEXIT_WRMSR 1
@@ -45,6 +46,7 @@
 /* vmexit_record.flags */
 #define VMEXIT_SKIPPED 1
 #define VMEXIT_INTERRUPTED 2
+#define VMEXIT_FAULTED 4 /* the processor or KVM refused the access (#GP); only tracepoints tell of such, an agent has no post stage then */
 
 /* vmexit_ring.waiting */
 #define VMEXIT_WAITS_FOR_ROOM 1
@@ -105,6 +107,7 @@ struct vmexit_event {
     uint32_t core; /* a vCPU's index or VMEXIT_ALL_CORES */
     uint32_t range_count;
     uint32_t script; /* what VMEXIT_SCRIPT runs: the number that it was added with (VMEXIT_ADD_SCRIPT); else 0 */
+    uint32_t process; /* of the host, or VMEXIT_ALL_PROCESSES; only targets that merely look on know any other, no agent does */
     struct vmexit_range ranges[VMEXIT_MAX_RANGES];
 };
 

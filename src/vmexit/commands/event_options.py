@@ -30,7 +30,7 @@ OFFERED = ("core", "imm", "log", "pid", "sc", "script", "stage")
 ALL = (*_CHOICES, *_NUMBERS, *_BLOCKS, "asm", "log")
 TAKE_A_VALUE = (*_CHOICES, *_NUMBERS)
 
-USAGE = "[core CORE] [imm yes|no] [sc on|off] [stage pre|post|all] [pid all] [log] [script { SCRIPT }]"
+USAGE = "[core CORE] [imm yes|no] [sc on|off] [stage pre|post|all] [pid PID|all] [log] [script { SCRIPT }]"
 PARAMETERS = (
     ("core CORE", "Only this vCPU, counted from 0; else all of them."),
     (
@@ -45,9 +45,14 @@ PARAMETERS = (
     (
         "stage pre|post|all",
         "Before the instruction (pre, unless said otherwise), after it (post), or both. What was short-circuited or has faulted "
-        "has no stage post.",
+        "has no stage post. A machine that is only looked at ('vmexit watch', 'vmexit host') has no other, and it need not be "
+        "named.",
     ),
-    ("pid all", "Every process; to name one is not yet available."),
+    (
+        "pid PID|all",
+        "Only this process, all its threads; as every number PID is hexadecimal, 0n1234 is decimal. So far only of the live host "
+        "('vmexit host').",
+    ),
     (
         "script { SCRIPT }",
         "Runs a script at each trap, on the vCPU itself: the page on the script language tells what it can do. "
@@ -66,6 +71,8 @@ class EventOptions:
     """What the options of a command line say."""
 
     core: int | None = None
+    process: int | None = None
+    """Of the host."""
     immediate: bool = True
     short_circuit: bool = False
     stage: Stage = Stage.PRE
@@ -143,6 +150,8 @@ class _Parser:
                 number = self._arguments.number(value, _NUMBERS[option])
                 if option == "core":
                     self._found.core = number
+                elif option == "pid":
+                    self._found.process = number
                 else:
                     self._refuse(f"'{option}' is not yet available", keyword, value)
 
@@ -195,6 +204,19 @@ class _Parser:
             self._found.unavailable = self._arguments.error(message, first, until=last)
 
 
+def fit(session: Session, options: EventOptions) -> tuple[int, ...]:
+    """Makes the stage, where none was named, the only one that a target has that merely looks on.
+
+    Gives the MSRs that are left out there besides, where none is named.
+    """
+    looks = session.debugger.target.only_looks
+    if looks is None:
+        return ()
+    if "stage" not in options.places:
+        options.stage = Stage.POST
+    return looks.noise
+
+
 def compiled_script(session: Session, arguments: Arguments, options: EventOptions) -> CompiledScript | None:
     """The event's script, if it has one. Raises ScriptError for a wrong one, CommandError for a file that cannot be read."""
     block = options.script
@@ -244,6 +266,8 @@ def description(options: EventOptions) -> str:
     """How the options read in a sentence: "stage pre, all cores"."""
     stage = next(name for name, stage in _STAGES.items() if stage == options.stage)
     parts = [f"stage {stage}", "all cores" if options.core is None else f"core {options.core:x}"]
+    if options.process is not None:
+        parts.append(f"process {options.process}")
     if options.short_circuit:
         parts.append("short-circuited")
     return ", ".join(parts)

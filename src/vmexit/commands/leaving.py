@@ -40,8 +40,9 @@ ends.
     def run(self, session: Session, arguments: Arguments) -> None:
         arguments.at_most(0)
         pid = session.debugger.target.pid
+        looks = session.debugger.target.only_looks is not None
         session.debugger.detach()
-        session.emit(f"detached; 'vmexit attach {pid}' comes back")
+        session.emit("nothing is watched any more" if looks else f"detached; 'vmexit attach {pid}' comes back")
         session.driver.leave()
 
 

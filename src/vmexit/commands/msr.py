@@ -28,7 +28,10 @@ class _MsrCommand(Command):
 
     def run(self, session: Session, arguments: Arguments) -> None:
         options = event_options.parse(arguments)
+        noise = event_options.fit(session, options)
         msrs = self._msrs(arguments, options)
+        if not options.rest:
+            msrs = MsrSet.all_but((*(msrs.left_out or ()), *noise))
         if options.unavailable is not None:
             raise options.unavailable
         script = event_options.compiled_script(session, arguments, options)
@@ -37,6 +40,7 @@ class _MsrCommand(Command):
             msrs=msrs,
             stage=options.stage,
             core=options.core,
+            process=options.process,
             action=options.action,
             script=script,
             short_circuit=options.short_circuit,

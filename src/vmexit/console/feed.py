@@ -242,10 +242,8 @@ class Feed:
         if lost == self._lost_told or not (stopped or time.monotonic() - self._lost_when >= _LOSS_S):
             return
         self._lost_told, self._lost_when = lost, time.monotonic()
-        self._screen.write(
-            f"{lost:,} record{'s' * (lost != 1)} dropped so far: they came faster than they were taken "
-            "('settings overflow wait' loses none)"
-        )
+        hint = "" if self._debugger.target.only_looks else " ('settings overflow wait' loses none)"
+        self._screen.write(f"{lost:,} record{'s' * (lost != 1)} dropped so far: they came faster than they were taken{hint}")
 
 
 def _comes_last(item: Records | Printed | Stop | Notice) -> bool:

@@ -28,7 +28,7 @@ _STAGES = {Stage.PRE: "pre", Stage.POST: "post"}
 _ACCESSES = {Access.WRMSR: "wrmsr", Access.RDMSR: "rdmsr"}
 _WHAT = {(stage, access): f"{_STAGES[stage]:<4}  {_ACCESSES[access]}" for stage in _STAGES for access in _ACCESSES}
 _NO_VALUE = f"{'-':<16}"
-_SHORT_CIRCUITED = "  short-circuited"
+_SHORT_CIRCUITED, _FAULTED = "  short-circuited", "  #GP"
 _SECONDS = 5
 """Digits of the time before its point, at least."""
 _CORE = 4
@@ -72,10 +72,11 @@ class Columns:
         microseconds = max(0, trap.time_ns - self._start(trap.time_ns)) // 1000
         time = f"{microseconds // 1_000_000:{_SECONDS}}.{microseconds % 1_000_000:06}"
         what = _WHAT[trap.stage, trap.access]
-        mark = f"{self._mark}{_SHORT_CIRCUITED}{self._plain}" if trap.skipped else ""
+        mark = _SHORT_CIRCUITED if trap.skipped else _FAULTED if trap.flags & RecordFlag.FAULTED else ""
+        mark = f"{self._mark}{mark}{self._plain}" if mark else ""
         time = f"{self._dim}{time}{self._plain}"
         meaning = self._meanings.of(trap)
-        last = f"{trap.rip:016x}{mark}{meaning and '  '}{meaning}"
+        last = f"{_rip_text(trap)}{mark}{meaning and '  '}{meaning}"
         return f"{time}  {trap.core:<{_CORE}x}  {what}  {trap.msr:08x}  {value_text(trap)}  {last}"
 
     def lines(self, records: Records) -> str:
@@ -93,6 +94,8 @@ class Columns:
         what_of = (records["stage"].astype(np.intp) - 1) * 2 + records["access"].astype(np.intp) - 1
         values = _hex(records["value"], 8)
         values[what_of == whats.index((Stage.PRE, Access.RDMSR))] = _table([_NO_VALUE])
+        rips = _hex(records["rip"], 8)
+        rips[(records["rip"] == 0) & (records["length"] == 0) & (records["stage"] == Stage.POST)] = _table([_NO_VALUE])
         parts: list[str | _Bytes] = [
             self._dim,
             self._times(records["time_ns"]),
@@ -105,11 +108,13 @@ class Columns:
             "  ",
             values,
             "  ",
-            _hex(records["rip"], 8),
+            rips,
         ]
-        if skipped.any():
-            mark = _table([f"{self._mark}{_SHORT_CIRCUITED}{self._plain}"])
-            parts.append(np.where(skipped[:, np.newaxis], mark, np.uint8(0)))
+        faulted = (records["flags"] & (RecordFlag.FAULTED | RecordFlag.SKIPPED)) == RecordFlag.FAULTED
+        for marked, text in ((skipped, _SHORT_CIRCUITED), (faulted, _FAULTED)):
+            if marked.any():
+                mark = _table([f"{self._mark}{text}{self._plain}"])
+                parts.append(np.where(marked[:, np.newaxis], mark, np.uint8(0)))
         texts, text_of = self._meanings.of_all(records)
         if width := max(map(len, texts)):
             # What is shorter than the longest is filled up with NULs, which are taken out in the end.
@@ -147,6 +152,11 @@ def value_text(trap: Trap) -> str:
     return f"{trap.value:016x}" if has_value(trap.access, trap.stage) else _NO_VALUE
 
 
+def _rip_text(trap: Trap) -> str:
+    """Where the instruction is, which a tracepoint does not tell."""
+    return _NO_VALUE if not trap.rip and not trap.length and trap.stage == Stage.POST else f"{trap.rip:016x}"
+
+
 def stop_text(debugger: Debugger, stop: Stop, syntax: Syntax, *, colour: bool = False) -> str:
     """Why the machine does not run any more and where it stands; called while it is halted at that stop."""
     bold, plain = (_BOLD, _PLAIN) if colour else ("", "")
@@ -155,6 +165,8 @@ def stop_text(debugger: Debugger, stop: Stop, syntax: Syntax, *, colour: bool = 
         return "\n".join((f"{bold}{parts[0]}{plain}", *filter(None, parts[1:])))
     if stop.reason is StopReason.ENDED:
         return f"{bold}{exit_text(stop.exit_status, debugger.target.vmm)}{plain}"
+    if stop.reason is StopReason.PAUSED and debugger.target.only_looks:
+        return f"{bold}paused: nothing is watched until 'g'; what was watched runs on{plain}"
     if stop.reason is StopReason.PAUSED:
         heading = f"{bold}halted, core {debugger.core:x}{plain}"
         try:

@@ -68,9 +68,15 @@ class Options:
     """Another VMM than QEMU."""
     pid: int | None = None
     """A VMM that runs already; then there are no arguments."""
+    watch: bool = False
+    """That VMM is only looked at, through the kernel's tracepoints; without a ``pid`` the live host is."""
 
     def target(self, output: OutputTo, stdin: int | None) -> Target:
         """The machine. Raises UsageError and TargetError, with the reason, where there is none to be had."""
+        if self.watch:
+            from vmexit.targets.tracefs import Host, Watched
+
+            return Host() if self.pid is None else Watched(self.pid)
         if self.pid is not None:
             return Attached(self.pid)
         if self.vmm is not None:
@@ -242,7 +248,11 @@ class _Run:
         Interactive(self._session, self._screen, self._feed).run()
 
     def _hint(self) -> None:
-        if self._debugger.started_ns is None:
+        if self._target.only_looks is not None:
+            if not self._options.commands:
+                what = "'!msrwrite log' prints what is written, '!msrread log' what is read; 'help' lists the commands"
+                self._screen.write(f"{self._target.name}, only looked at: {what}")
+        elif self._debugger.started_ns is None:
             self._screen.write("the machine is halted before its first instruction; 'g' starts it, 'help' lists the commands")
 
     def _read(self) -> None:

@@ -35,6 +35,8 @@ class Event:
     stage: Stage = Stage.PRE
     core: int | None = None
     """The index of the only vCPU that it looks at; None: all."""
+    process: int | None = None
+    """The number of the only process of the host that it looks at, where the target can tell (Target.only_looks); None: all."""
     action: Action = Action.BREAK
     callback: Callback | None = None
     """What Action.ASK calls."""

@@ -55,11 +55,13 @@ class RecordFlag(enum.IntFlag):
     """What a record says beside its numbers (``vmexit_record.flags``).
 
     ``SKIPPED``: the event that left the record short-circuits the instruction. ``INTERRUPTED``: the machine took an interrupt
-    between the instruction and its post stage, so RIP, RSP and RFLAGS are those of the interrupt's handler.
+    between the instruction and its post stage, so RIP, RSP and RFLAGS are those of the interrupt's handler. ``FAULTED``: the
+    access was refused (#GP), which only a tracepoint tells of.
     """
 
     SKIPPED = constant("SKIPPED")
     INTERRUPTED = constant("INTERRUPTED")
+    FAULTED = constant("FAULTED")
 
 
 class Capability(enum.IntFlag):
@@ -125,6 +127,7 @@ MAX_RANGES = constant("MAX_RANGES")
 MAX_TRANSFER = constant("MAX_TRANSFER")
 MAX_GLOBALS = constant("MAX_GLOBALS")
 ALL_CORES = constant("ALL_CORES")
+ALL_PROCESSES = constant("ALL_PROCESSES")
 WAITS_FOR_ROOM = constant("WAITS_FOR_ROOM")
 REGISTERS = constant("REGISTERS")
 ASKED_REGISTERS = constant("ASKED_REGISTERS")

@@ -165,14 +165,14 @@ def check_program(name: str, program: str, purpose: str, packages: str) -> Check
 
 
 def check_kvm(device: Path) -> Check:
-    """The host's virtualisation, which nothing needs yet."""
+    """The host's virtualisation."""
     if not device.exists():
         state = "not there"
     elif os.access(device, os.R_OK | os.W_OK):
         state = "can be used"
     else:
         state = "there, but not yours to open"
-    return Check(str(device), None, f"{state}; not used by this version")
+    return Check(str(device), None, f"{state}; for guests that KVM runs (--accel kvm, --vmm, attach)")
 
 
 def _qemu_version(path: str) -> Check:

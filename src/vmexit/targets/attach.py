@@ -21,7 +21,7 @@ from vmexit.link.client import Link
 from vmexit.setup.elf import ElfError, read_elf
 from vmexit.targets import ptrace
 from vmexit.targets.agent import SOCKET_PREFIX, agent_path
-from vmexit.targets.base import Notice, NoticeKind, Untrappable
+from vmexit.targets.base import Notice, NoticeKind, OnlyLooks, Untrappable
 from vmexit.targets.kvm import first_word, machine_notices, untrappable_under_kvm
 
 _PROC = Path("/proc")
@@ -70,6 +70,11 @@ def _descriptors(pid: int) -> list[str]:
             with contextlib.suppress(OSError):
                 found.append(str(entry.readlink()))
     return found
+
+
+def vcpus_of(pid: int) -> int:
+    """The vCPUs that the process has now; 0: none, or that is not for us to know."""
+    return _vcpu_count(_descriptors(pid))
 
 
 def _vcpu_count(fds: list[str]) -> int:
@@ -237,6 +242,7 @@ class Attached:
     """A machine that was found running. See targets.base.Target; closing it lets go of it, and it runs on."""
 
     wants_halted = True
+    only_looks: OnlyLooks | None = None
 
     def __init__(self, pid: int) -> None:
         """Attaches to the VMM with that process number, whose guest notices nothing. Raises TargetError, with what would help."""

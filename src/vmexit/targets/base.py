@@ -37,6 +37,18 @@ class Untrappable:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class OnlyLooks:
+    """A machine that can be looked at but not touched: events record in stage post, and nothing else can be done."""
+
+    reason: str
+    """Why; it goes on "... is not possible here: "."""
+    noise: tuple[int, ...]
+    """MSRs that are accessed all the time, and are left out where no MSR is named."""
+    names_processes: bool
+    """An event can name the process of the host that it looks at."""
+
+
 class Target(Protocol):
     """A machine with the agent inside. Its methods are called by one thread at a time."""
 
@@ -51,6 +63,10 @@ class Target(Protocol):
     """It had begun before vmexit came: True, it ran; False, it was halted. None: vmexit has started it, and it is halted."""
     wants_halted: bool
     """The machine was halted before its first instruction, and whoever started it wants it to stay so."""
+
+    only_looks: OnlyLooks | None
+    """None: it can be halted and changed, as far as the agent's capabilities go. Else halting it means to look no more for a
+    while, and it runs on."""
 
     @property
     def pid(self) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 from vmexit.errors import LinkError, TargetError
 from vmexit.link.client import Link
 from vmexit.targets.agent import listening_socket, preloaded
-from vmexit.targets.base import Notice, NoticeKind, Untrappable
+from vmexit.targets.base import Notice, NoticeKind, OnlyLooks, Untrappable
 from vmexit.targets.process import OutputTo, Process
 
 DEVICE = Path("/dev/kvm")
@@ -55,6 +55,7 @@ class Vmm:
     """A VMM that vmexit has started, halted before its guest's first instruction. See targets.base.Target."""
 
     wants_halted = False
+    only_looks: OnlyLooks | None = None
     found_running: bool | None = None
 
     def __init__(

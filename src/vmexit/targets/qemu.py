@@ -15,7 +15,7 @@ from vmexit.errors import LinkError, TargetError, UsageError
 from vmexit.link.client import Link
 from vmexit.link.wire import Capability
 from vmexit.targets.agent import agent_path, listening_socket, preloaded
-from vmexit.targets.base import Notice, NoticeKind, Untrappable
+from vmexit.targets.base import Notice, NoticeKind, OnlyLooks, Untrappable
 from vmexit.targets.kvm import untrappable_under_kvm
 from vmexit.targets.process import OutputTo, Process
 from vmexit.targets.qmp import Qmp
@@ -89,6 +89,7 @@ class Qemu:
 
     found_running: bool | None = None
     vmm = "QEMU"
+    only_looks: OnlyLooks | None = None
 
     def __init__(
         self,

@@ -83,6 +83,14 @@ def traps_of(records: Records) -> Iterator[Trap]:
         )
 
 
+def record_of(trap: Trap) -> Records:
+    """The record that a trap stands for: the one that ``traps_of`` takes for it."""
+    record: Records = np.zeros(1, RECORD)
+    for name, value in zip(_NAMES, trap._replace(event=trap.event + 1), strict=True):
+        record[name] = int(value)
+    return record
+
+
 class Memory(Protocol):
     """Guest memory as one vCPU sees it."""
 

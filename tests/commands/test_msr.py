@@ -245,13 +245,7 @@ def test_what_is_wrong_is_marked(typist: Typist, line: str, shown: str) -> None:
     [
         ("pid 4", "pid 4"),
         ("log pid 0n4 core 1", "pid 0n4"),
-        ("buffer 1000", "buffer 1000"),
-        ("condition {90 90}", "condition {90 90}"),
-        ("code {\\x90\\x90}", "code {\\x90\\x90}"),
-        ("code {0x9090C3}", "code {0x9090C3}"),
         ("output { one, two }", "output { one, two }"),
-        ("asm code { nop; ret }", "asm"),
-        ("core 1 asm condition { nop }", "asm"),
     ],
 )
 def test_what_is_not_available_yet(typist: Typist, rest: str, marked: str) -> None:
@@ -271,8 +265,17 @@ def test_what_is_not_available_yet(typist: Typist, rest: str, marked: str) -> No
         ("buffer all", "'all' is no buffer size in bytes", "all"),
         ("script", "'script' needs something in braces behind it", "script"),
         ("script {  }", "the braces of 'script' are empty", "{  }"),
-        ("code { nop }", "machine code is written as hexadecimal digits", "{ nop }"),
-        ("condition {9x}", "machine code is written as hexadecimal digits", "{9x}"),
+        ("code { nop }", "'nop' is no machine code, which is written as hexadecimal digits", "nop"),
+        ("condition {9x}", "'9x' is no machine code", "9x"),
+        ("code { 90 9 }", "'9' has an odd number of digits", "9"),
+        ("asm code { nop; foo eax }", "invalid instruction mnemonic 'foo'", "f"),
+        ("asm code { je away }", "there is no label 'away'", "away"),
+        ("asm core 1 code { nop }", "'asm' stands before 'code' or 'condition'", "asm"),
+        ("asm script { x }", "'asm' stands before 'code' or 'condition'", "asm"),
+        ("code { 90 } buffer 1000001", "a buffer has 1 to 1000000 bytes, not 1000001", "buffer 1000001"),
+        ("code { 90 } buffer 0", "a buffer has 1 to 1000000 bytes, not 0", "buffer 0"),
+        ("condition { 90 } sc on stage post", "'sc on' needs 'stage pre'", "sc on"),
+        ("condition { 90 } script { .x = 1; }", "'condition' together with a script is not yet available", "condition { 90 }"),
         ("asm condition { nop } asm", "'asm' stands before 'code' or 'condition'", "asm"),
         ("output {a,,b}", "a name is missing between the commas", "{a,,b}"),
         ("output {a,b,c,d,e,f}", "an event has 5 outputs at most, not 6", "{a,b,c,d,e,f}"),
@@ -286,6 +289,22 @@ def test_a_wrong_value_is_told_before_that_it_is_not_available(typist: Typist, r
     first, _, mark = typist.fails(line).split("\n")
     assert first.startswith(message)
     assert mark == " " * line.rindex(marked) + "^" + "~" * (len(marked) - 1)
+
+
+@pytest.mark.parametrize(
+    ("rest", "verb"),
+    [
+        ("code { 90 }", "runs code at"),
+        ("buffer 10 asm code { nop }", "runs code at"),
+        ("code { \\x90\\x90 } log", "prints and runs code at"),
+        ("condition { 90 }", "where its condition holds breaks at"),
+        ("asm condition { nop; ret } log", "where its condition holds prints"),
+        ("CONDITION core 1 { 0x90 } asm CODE { nop }", "where its condition holds runs code at"),
+    ],
+)
+def test_machine_code(typist: Typist, rest: str, verb: str) -> None:
+    assert typist.types(f"!msrwrite 10 {rest}").startswith(f"event 0 {verb} each wrmsr of 10 ")
+    assert [event.action for event in typist.debugger.events] == [Action.ASK]
 
 
 @pytest.mark.parametrize(

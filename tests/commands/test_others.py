@@ -56,17 +56,20 @@ def test_core(typist: Typist) -> None:
 
 def test_settings(typist: Typist) -> None:
     assert [line.split()[:2] for line in typist.types("settings").split("\n")] == [
+        ["code-failures", "10"],
         ["overflow", "wait"],
         ["script-stack", "40000"],
         ["script-steps", "f4240"],
         ["syntax", "intel"],
     ]
-    assert typist.types("settings SYNTAX").startswith("syntax       intel  (intel|att|masm) ")
-    assert typist.types("settings syntax Att").startswith("syntax       att ")
+    assert typist.types("settings SYNTAX").startswith("syntax        intel  (intel|att|masm) ")
+    assert typist.types("settings syntax Att").startswith("syntax        att ")
     assert typist.session.settings.syntax is Syntax.ATT
-    assert typist.types("settings overflow drop").startswith("overflow     drop ")
+    assert typist.types("settings overflow drop").startswith("overflow      drop ")
     assert typist.debugger.overflow is Overflow.DROP
     assert typist.link.drop
+    assert typist.types("settings code-failures 0n20").split()[1] == "14"
+    assert typist.session.settings.code_failures == 20
     assert typist.types("settings script-steps 0n5000").split()[1] == "1388"
     assert typist.debugger.script_steps == 5000
     typist.types("settings overflow wait")
@@ -156,7 +159,7 @@ def test_leaving_and_clearing(typist: Typist, line: str, done: str) -> None:
         ("~ x", "'x' is no core number", 2, 1),
         ("core 1 2", "'core' takes 1 argument at most", 7, 1),
         ("settings sintax", "'sintax' is no setting: did you mean 'syntax'?", 9, 6),
-        ("settings what", "'what' is no setting (it is overflow, script-stack, script-steps or syntax)", 9, 4),
+        ("settings what", "'what' is no setting (it is code-failures, overflow, script-stack, script-steps or syntax)", 9, 4),
         ("settings syntax at&t", "'at&t' is no value of 'syntax': did you mean 'att'?", 16, 4),
         ("settings overflow on", "'on' is no value of 'overflow' (it is wait or drop)", 18, 2),
         ("settings script-steps many", "'many' is no value of 'script-steps' (a number is hexadecimal", 22, 4),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vmexit.commands import event_code
 from vmexit.commands.command import Arguments, one_of
 from vmexit.commands.session import Session
 from vmexit.console.tokens import Token, TokenKind
@@ -19,18 +19,20 @@ _STAGES = {"pre": Stage.PRE, "post": Stage.POST, "all": Stage.ALL}
 _CHOICES = {"imm": ("yes", "no"), "sc": ("on", "off"), "stage": tuple(_STAGES)}
 _NUMBERS = {"core": "core number", "pid": "process ID", "buffer": "buffer size in bytes"}
 _BLOCKS = ("script", "condition", "code", "output")
+_MACHINE_CODE = ("condition", "code")
 _MOST_OUTPUTS = 5
-
-_CODE = re.compile(r"(?:0x|\\x|x)?((?:[0-9a-f]|\\x|\s)*)", re.IGNORECASE)
 
 _FILE = "file:"
 
-OFFERED = ("core", "imm", "log", "pid", "sc", "script", "stage")
+OFFERED = ("asm", "buffer", "code", "condition", "core", "imm", "log", "pid", "sc", "script", "stage")
 """Those that can be used yet."""
 ALL = (*_CHOICES, *_NUMBERS, *_BLOCKS, "asm", "log")
 TAKE_A_VALUE = (*_CHOICES, *_NUMBERS)
 
-USAGE = "[core CORE] [imm yes|no] [sc on|off] [stage pre|post|all] [pid PID|all] [log] [script { SCRIPT }]"
+USAGE = (
+    "[core CORE] [imm yes|no] [sc on|off] [stage pre|post|all] [pid PID|all] [log] [script { SCRIPT }] "
+    "[[asm] condition { CODE }] [[asm] code { CODE }] [buffer N]"
+)
 PARAMETERS = (
     ("core CORE", "Only this vCPU, counted from 0; else all of them."),
     (
@@ -58,11 +60,20 @@ PARAMETERS = (
         "Runs a script at each trap, on the vCPU itself: the page on the script language tells what it can do. "
         "'script {file:PATH}' takes it from a file. The machine is halted only where the script says pause().",
     ),
-    ("log", "Prints each trap and goes on. Without it, and without a script, the machine is halted at each."),
+    ("log", "Prints each trap and goes on. Without it, and without a script or code, the machine is halted at each."),
     (
-        "buffer N, condition { }, code { }, output { }",
-        "HyperDbg's; their values are checked, but they are not yet available.",
+        "condition { CODE }",
+        "Machine code in hexadecimal that decides whether the event does anything: it gets the guest's registers (RCX) and the "
+        "MSR (RDX), and leaves 0 in RAX for no.",
     ),
+    (
+        "code { CODE }",
+        "Machine code that is run at each trap: it gets the buffer (RCX), the guest's registers (RDX) and the MSR (R8). The page "
+        "on custom code tells what both can do. Neither goes together with a script yet.",
+    ),
+    ("asm", "Before 'condition' or 'code': what is in the braces is assembly in Intel's syntax."),
+    ("buffer N", "So many zeroed bytes that the event's code keeps from trap to trap."),
+    ("output { }", "HyperDbg's; its value is checked, but it is not yet available."),
 )
 
 
@@ -79,6 +90,10 @@ class EventOptions:
     log: bool = False
     script: Token | None = None
     """The braces with its text, or with ``file:`` and a path."""
+    machine_code: dict[str, tuple[Token, bool]] = field(default_factory=dict)
+    """Of ``condition`` and ``code``: the braces, and whether it is assembly."""
+    buffer: int | None = None
+    """Bytes."""
     rest: list[Token] = field(default_factory=list)
     """The tokens that are no option."""
     places: dict[str, tuple[Token, Token]] = field(default_factory=dict)
@@ -152,13 +167,15 @@ class _Parser:
                     self._found.core = number
                 elif option == "pid":
                     self._found.process = number
+                elif option == "buffer":
+                    self._found.buffer = number
                 else:
                     self._refuse(f"'{option}' is not yet available", keyword, value)
 
     def _choice(self, option: str, value: Token) -> str:
         return self._arguments.choice(value, _CHOICES[option], f"value of '{option}'")
 
-    def _block(self, keyword: Token) -> None:
+    def _block(self, keyword: Token, *, is_assembly: bool = False) -> None:
         option = keyword.lower
         # As in HyperDbg, other options may stand between the keyword and its braces.
         place = next((i for i, token in enumerate(self._left) if token.kind is TokenKind.BLOCK), None)
@@ -171,20 +188,12 @@ class _Parser:
             self._found.script = block
             self._found.places[option] = (keyword, block)
             return
-        if option == "output":
-            self._check_output(block)
-        elif "asm" not in self._found.places:
-            self._check_code(block)
+        if option in _MACHINE_CODE:
+            self._found.machine_code[option] = (block, is_assembly)
+            self._found.places[option] = (keyword, block if place == 0 else keyword)
+            return
+        self._check_output(block)
         self._refuse(f"'{option}' is not yet available", keyword, block if place == 0 else keyword)
-
-    def _check_code(self, block: Token) -> None:
-        match = _CODE.fullmatch(block.text.strip())
-        if match is None:
-            raise self._arguments.error(
-                "machine code is written as hexadecimal digits",
-                block,
-                hint="'asm' before 'code' or 'condition' makes it assembly",
-            )
 
     def _check_output(self, block: Token) -> None:
         names = [name.strip() for name in block.text.split(",")]
@@ -194,10 +203,9 @@ class _Parser:
             raise self._arguments.error(f"an event has {_MOST_OUTPUTS} outputs at most, not {len(names)}", block)
 
     def _asm(self, keyword: Token) -> None:
-        if not any(token.lower in ("code", "condition") for token in self._left):
+        if not self._left or self._left[0].lower not in _MACHINE_CODE:
             raise self._arguments.error("'asm' stands before 'code' or 'condition'", keyword)
-        self._found.places["asm"] = (keyword, keyword)
-        self._refuse("'asm' is not yet available", keyword, keyword)
+        self._block(self._left.pop(0), is_assembly=True)
 
     def _refuse(self, message: str, first: Token, last: Token) -> None:
         if self._found.unavailable is None:
@@ -235,6 +243,9 @@ def compiled_script(session: Session, arguments: Arguments, options: EventOption
 def make(session: Session, arguments: Arguments, options: EventOptions, event: Event) -> Event:
     """Hands the event to the debugger. Raises CommandError, at the option that is to blame, where it is refused."""
     try:
+        event.check()
+        if options.machine_code or options.buffer is not None:
+            event_code.attach(session, arguments, options, event)
         return session.debugger.add(event)
     except EventError as error:
         first, last = options.places.get(error.option, (arguments.command, arguments.command))

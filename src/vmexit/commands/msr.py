@@ -20,6 +20,17 @@ _VERBS = {
 }
 
 
+def _coded_verb(options: event_options.EventOptions) -> str:
+    """Of an event with machine code of the user's."""
+    does = ["prints"] if options.log else []
+    if "code" in options.machine_code:
+        does.append("runs code at")
+    elif not options.log:
+        does.append("breaks at")
+    verb = " and ".join(does)
+    return f"where its condition holds {verb}" if "condition" in options.machine_code else verb
+
+
 class _MsrCommand(Command):
     """What both have in common."""
 
@@ -59,7 +70,7 @@ class _MsrCommand(Command):
     def _success(self, session: Session, event: Event, options: event_options.EventOptions) -> str:
         instruction = (self._ACCESS.name or "").lower()
         left_out = event.msrs.left_out
-        verb = _VERBS[event.action]
+        verb = _VERBS.get(event.action) or _coded_verb(options)
         msrs = "every MSR" if left_out else msr_sets.describe(event.msrs)
         text = f"event {event.number:x} {verb} each {instruction} of {msrs}"
         text += f" ({event_options.description(options)})"
@@ -120,6 +131,8 @@ skips it. In stage post the write has been done.""",
             ("!msrwrite lstar,sysenter_eip", "halts it before writes to either of these"),
             ("!msrwrite log imm no", "prints the writes to all MSRs"),
             ("!msrwrite c0000082 script { print($value); }", "prints what is written to IA32_LSTAR"),
+            ("!msrwrite 277 condition { 488b01 }", "halts it where the guest's RAX is not 0"),
+            ("!msrwrite 277 asm code { nop; nop }", "runs machine code at each write to IA32_PAT"),
             ("!msrwrite 1a0 core 1 sc on log", "ignores what core 1 writes to IA32_MISC_ENABLE; prints it"),
         ),
     )

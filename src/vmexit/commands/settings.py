@@ -37,7 +37,17 @@ def _put_stack(session: Session, value: str) -> None:
     session.debugger.set_script_limits(stack=int(value))
 
 
+def _put_failures(session: Session, value: str) -> None:
+    session.settings.code_failures = int(value)
+
+
 _SETTINGS: Mapping[str, _Setting] = {
+    "code-failures": _Setting(
+        "how many runs of an event's machine code that are ended in a row disable the event; 0: none do",
+        (),
+        lambda session: f"{session.settings.code_failures:x}",
+        _put_failures,
+    ),
     "overflow": _Setting(
         "what a vCPU does when traps come faster than they can be shown: wait, or drop them (they are counted)",
         tuple(value.value for value in Overflow),
@@ -109,4 +119,4 @@ def _value(arguments: Arguments, name: str, setting: _Setting) -> str:
 
 def _line(session: Session, name: str) -> str:
     setting = _SETTINGS[name]
-    return f"{name:<12} {setting.get(session):<6} ({_choice(setting)}) {setting.meaning}"
+    return f"{name:<13} {setting.get(session):<6} ({_choice(setting)}) {setting.meaning}"

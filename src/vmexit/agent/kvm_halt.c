@@ -18,9 +18,9 @@
 enum { FETCHED = 2 };
 /* A vCPU that sleeps here lets its VMM look so often whether it has something else for it to do. */
 enum { SLEEP_MS = 100 };
-enum { PATIENCE_MS = 5000 };
 
 static int fetch_signal; /* 0: not chosen yet */
+static unsigned parked_times;
 
 static void moment(void)
 {
@@ -68,8 +68,7 @@ void halt_amend_mask(uint8_t *mask, uint32_t bytes)
         mask[bit / 8] &= (uint8_t) ~(1u << bit % 8);
 }
 
-/* Waiting for the debugger is as good as being halted: it is halted before it enters the guest again. */
-static bool is_busy(const struct cpu *cpu) { return __atomic_load_n(&cpu->busy, __ATOMIC_SEQ_CST) && !core_is_waiting(cpu->index); }
+static bool is_busy(const struct cpu *cpu) { return __atomic_load_n(&cpu->busy, __ATOMIC_SEQ_CST); }
 static bool is_parked(void) { return __atomic_load_n(&vm.is_parked, __ATOMIC_SEQ_CST); }
 
 static void fetch(struct cpu *cpu)
@@ -81,17 +80,41 @@ static void fetch(struct cpu *cpu)
         syscall(SYS_tgkill, getpid(), thread, fetch_signal);
 }
 
-/* Waits until no vCPU but this one runs, or does anything for a trap; not for longer than that, and not once the machine is to run on. */
-static bool wait_until_quiet(const struct cpu *self, int milliseconds)
+/* Each time that the vCPUs are to be halted has a number. */
+static bool is_still(unsigned number) { return is_parked() && __atomic_load_n(&parked_times, __ATOMIC_SEQ_CST) == number; }
+
+/* Tells the debugger that the machine is halted, once no vCPU but this one runs or has anything to do for a trap: it may have to answer a
+ * question until then, or to take records. Unless the machine is to run on before that. */
+static void announce_when_quiet(const struct cpu *self, unsigned number)
 {
     for (unsigned i = 0; i < __atomic_load_n(&vm.count, __ATOMIC_ACQUIRE); i++)
-        while (vm.cpus[i] != self && is_busy(vm.cpus[i]) && is_parked()) {
-            if (milliseconds-- == 0)
-                return false;
-            fetch(vm.cpus[i]);
+        while (vm.cpus[i] != self && is_busy(vm.cpus[i]) && is_still(number)) {
+            if (!core_is_waiting(i))
+                fetch(vm.cpus[i]);
             moment();
         }
-    return true;
+    if (is_still(number))
+        link_announce_machine(false);
+}
+
+static void *announce(void *number)
+{
+    announce_when_quiet(NULL, (unsigned)(uintptr_t)number);
+    return NULL;
+}
+
+/* The link's thread has to serve the debugger meanwhile. */
+static bool announce_later(unsigned number)
+{
+    pthread_t thread;
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    bool begun = pthread_create(&thread, NULL, announce, (void *)(uintptr_t)number) == 0;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (begun)
+        pthread_detach(thread);
+    return begun;
 }
 
 bool halt_sleep(struct cpu *cpu)
@@ -141,8 +164,7 @@ bool halt_here(struct cpu *cpu)
     }
     if (!__atomic_exchange_n(&vm.is_parked, true, __ATOMIC_SEQ_CST)) {
         link_machine_held();
-        if (wait_until_quiet(cpu, -1) && is_parked())
-            link_announce_machine(false);
+        announce_when_quiet(cpu, __atomic_add_fetch(&parked_times, 1, __ATOMIC_SEQ_CST));
     }
     return false;
 }
@@ -158,15 +180,12 @@ int halt_set(bool halted)
     }
     if (!halted) {
         unpark();
-        return VMEXIT_OK;
+    } else if (!__atomic_exchange_n(&vm.is_parked, true, __ATOMIC_SEQ_CST)) {
+        if (!announce_later(__atomic_add_fetch(&parked_times, 1, __ATOMIC_SEQ_CST))) {
+            unpark();
+            return VMEXIT_UNAVAILABLE;
+        }
     }
-    if (__atomic_exchange_n(&vm.is_parked, true, __ATOMIC_SEQ_CST))
-        return VMEXIT_OK;
-    if (!wait_until_quiet(NULL, PATIENCE_MS)) {
-        unpark();
-        return VMEXIT_UNAVAILABLE;
-    }
-    link_announce_machine(false);
     return VMEXIT_OK;
 }
 

@@ -26,6 +26,7 @@ from vmexit.targets.trace_pages import Entries, read_page
 
 _PAGES_AT_ONCE = 64
 """Of each CPU that are read before what they held is passed on."""
+_SHORT_PAGES_AT_ONCE = 2
 _LONGEST_FILTER = 3000
 """Bytes; the kernel takes a page."""
 
@@ -233,17 +234,19 @@ class TraceRings:
         until = time.monotonic_ns()
         parts, self._has_more = [self._held], False
         for cpu in self._instance.pipes:
-            for count in range(_PAGES_AT_ONCE):
-                data = self._instance.read_page(cpu)
-                if not data:
-                    break
+            pages = short = 0
+            while data := self._instance.read_page(cpu):
                 page = read_page(data, self._instance.layout)
                 self.lost += page.lost + page.damaged
                 parts += [self._accesses(cpu, entries, i) for entries in page.entries for i in range(len(self._points))]
-                if count == _PAGES_AT_ONCE - 1:
-                    self._has_more = True
-                    if page.entries:
-                        until = min(until, int(page.entries[-1].times[-1]))
+                pages, short = pages + 1, short + page.is_short
+                # The first short page may be the rest of one; from the second on it would be a chase after single events.
+                if pages < _PAGES_AT_ONCE and (short < _SHORT_PAGES_AT_ONCE or not self.runs):
+                    continue
+                self._has_more |= pages == _PAGES_AT_ONCE
+                if page.entries:
+                    until = min(until, int(page.entries[-1].times[-1]))
+                break
         accesses = np.concatenate([part for part in parts if len(part)] or parts[:1])
         accesses = accesses[np.argsort(accesses["time"], kind="stable")]
         ready = len(accesses) if final else int(np.searchsorted(accesses["time"], np.uint64(until), side="right"))

@@ -122,6 +122,8 @@ class Page:
     entries: list[Entries]
     lost: int
     """Events that the kernel had no room for before this page, as far as it says; at least 1 where there were any."""
+    is_short: bool
+    """Half of it is empty: it may be where the kernel is writing."""
     damaged: bool
     """Something did not make sense; what came before it is there."""
 
@@ -129,7 +131,7 @@ class Page:
 def read_page(page: bytes, layout: PageFormat) -> Page:
     """Takes a page apart, whatever it holds."""
     if len(page) < layout.data.offset:
-        return Page([], 0, bool(page))
+        return Page([], 0, is_short=True, damaged=bool(page))
     commit = int.from_bytes(page[layout.commit.offset : layout.commit.offset + layout.commit.size], "little")
     start, length = layout.data.offset, commit & _LENGTH
     end = min(start + length, len(page))
@@ -141,7 +143,8 @@ def read_page(page: bytes, layout: PageFormat) -> Page:
     time = int.from_bytes(page[layout.timestamp.offset : layout.timestamp.offset + 8], "little")
     walk = _Walk(page, time, end)
     sound = walk.run(start)
-    return Page(walk.entries, lost, not sound or start + length > len(page))
+    is_short = length < layout.data.size // 2
+    return Page(walk.entries, lost, is_short, damaged=not sound or start + length > len(page))
 
 
 class _Walk:

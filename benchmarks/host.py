@@ -1,0 +1,120 @@
+"""Measures `vmexit host` beside a bare recorder, on this host's own MSR writes: `python -m benchmarks.host`, as root.
+
+The load is a process on each CPU that sets timers as fast as it can, each a write of IA32_TSC_DEADLINE. The bare recorder
+does what `trace-cmd record` does and no more: it takes the same pages out of the same buffers and writes them to a file,
+unread. Both take turns in every round.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import vmexit
+from vmexit.events.msrs import MsrSet
+from vmexit.link.wire import Access, Action
+from vmexit.targets.trace_instance import Instance
+from vmexit.targets.trace_pages import read_page
+
+ROUNDS = 3
+SECONDS = 2.0
+_NAP_S = 0.05
+_LOAD = "import os, time; os.sched_setaffinity(0, {{{cpu}}})\nwhile True: time.sleep(1e-6)"
+_ALL = MsrSet.of_ranges([(0, 0xFFFF_FFFF)])
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What one run saw."""
+
+    events: int
+    lost: int
+    seconds: float
+    cpu_seconds: float
+
+
+@contextlib.contextmanager
+def _load() -> Iterator[None]:
+    processes = [
+        subprocess.Popen([sys.executable, "-S", "-c", _LOAD.format(cpu=cpu)], stdin=subprocess.DEVNULL)
+        for cpu in sorted(os.sched_getaffinity(0))
+    ]
+    try:
+        time.sleep(0.3)
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def _vmexit() -> Seen:
+    """Every write becomes a record that is counted and summed up."""
+    with vmexit.watch_host() as debugger:
+        event = debugger.add(
+            vmexit.Event(access=Access.WRMSR, msrs=_ALL, stage=vmexit.Stage.POST, action=Action.RECORD, text="all")
+        )
+        start, cpu = time.monotonic(), time.process_time()
+        debugger.run(timeout=SECONDS)
+        seconds, cpu_seconds = time.monotonic() - start, time.process_time() - cpu
+        assert sum(row.count for row in debugger.summary.rows()) == debugger.hits(event)
+        return Seen(debugger.hits(event), debugger.dropped(), seconds, cpu_seconds)
+
+
+def _bare() -> Seen:
+    """Pages into a file; they are counted when it is over."""
+    instance = Instance([("msr", "write_msr")])
+    try:
+        with tempfile.TemporaryFile() as file:
+            start, cpu = time.monotonic(), time.process_time()
+            instance.write("events/msr/write_msr/enable", "1")
+            while time.monotonic() - start < SECONDS:
+                time.sleep(_NAP_S)
+                _take(instance, file.fileno())
+            instance.write("tracing_on", "0")
+            _take(instance, file.fileno())
+            seconds, cpu_seconds = time.monotonic() - start, time.process_time() - cpu
+            file.seek(0)
+            events = lost = 0
+            while data := file.read(instance.layout.size):
+                page = read_page(data, instance.layout)
+                events += sum(len(entries.times) for entries in page.entries)
+                lost += page.lost
+            return Seen(events, lost, seconds, cpu_seconds)
+    finally:
+        instance.close()
+
+
+def _take(instance: Instance, file: int) -> None:
+    for cpu in instance.pipes:
+        while data := instance.read_page(cpu):
+            os.write(file, data)
+
+
+def main() -> None:
+    """Print the table."""
+    if not Path("/sys/devices/system/clockevents/clockevent0/current_device").exists() or os.geteuid() != 0:
+        sys.exit("bench: this needs root on a Linux host")
+    cases = {"a bare recorder, into a file": _bare, "vmexit host: every write a record, summed up": _vmexit}
+    seen: dict[str, list[Seen]] = {name: [] for name in cases}
+    with _load():
+        for _ in range(ROUNDS):
+            for name, run in cases.items():
+                seen[name].append(run())
+    print(f"{'':<46}{'events/s':>10}{'lost':>8}{'us of processor an event':>26}")
+    for name, runs in seen.items():
+        rate = statistics.median(run.events / run.seconds for run in runs)
+        cost = statistics.median(run.cpu_seconds / max(1, run.events) * 1e6 for run in runs)
+        print(f"{name:<46}{rate:>10,.0f}{sum(run.lost for run in runs):>8,}{cost:>26.3f}")
+
+
+if __name__ == "__main__":
+    main()

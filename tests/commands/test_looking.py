@@ -56,6 +56,9 @@ def test_noise_that_is_named_is_seen(visitor: Typist) -> None:
         ("!msrwrite 10 stage all log", "stage pre", "stage all"),
         ("!msrwrite 10", "breaking", "!msrwrite"),
         ("!msrread 10 script { print(1); }", "a script", "script { print(1); }"),
+        ("!msrread 10 log condition { 90 }", "'condition'", "condition { 90 }"),
+        ("!msrread 10 code { 90 } log", "'code'", "code { 90 }"),
+        ("!msrread 10 log buffer 10", "'buffer'", "buffer 10"),
     ],
 )
 def test_what_is_refused(visitor: Typist, line: str, what: str, marked: str) -> None:

@@ -245,6 +245,10 @@ def make(session: Session, arguments: Arguments, options: EventOptions, event: E
     try:
         event.check()
         if options.machine_code or options.buffer is not None:
+            looks = session.debugger.target.only_looks
+            if looks is not None:
+                option = next(iter(options.machine_code), "buffer")
+                raise EventError(option, f"'{option}' is not possible here: {looks.reason}")
             event_code.attach(session, arguments, options, event)
         return session.debugger.add(event)
     except EventError as error:

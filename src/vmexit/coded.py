@@ -12,6 +12,7 @@ from vmexit.link.wire import Action, constant
 from vmexit.prints import Printed
 from vmexit.trap import LiveTrap, Trap, record_of, traps_of
 from vmexit.usercode.errors import CodeRunError
+from vmexit.usercode.lift import lift
 from vmexit.usercode.sandbox import Buffer, Kind, Sandbox
 
 if TYPE_CHECKING:
@@ -31,6 +32,29 @@ class UserCode:
     code: bytes | None = None
     buffer: int | None = None
     """Bytes."""
+
+
+def lift_condition(debugger: Debugger, user_code: UserCode, event: Event) -> bool:
+    """Makes a condition a script in the vCPU's own thread, in front of the event's script or break; whether that could be done.
+
+    The event's own script has been compiled by itself before, so that what is wrong with it is known.
+    """
+    if user_code.condition is None or user_code.code is not None or event.action & ~(Action.SCRIPT | Action.BREAK):
+        return False
+    lifted = lift(user_code.condition)
+    if lifted is None:
+        return False
+    skip = "event_sc(1); " if event.short_circuit else ""
+    if event.script is None:
+        source, name = "pause();", "condition"
+    else:
+        source, name = event.script.source.text, event.script.source.name
+    guard = f"{lifted.setup}if (!({lifted.expression})) {{ return; }} {skip}\n"
+    event.script = debugger.compiler.compile(guard + source, name)
+    event.action = Action.SCRIPT
+    event.short_circuit = False
+    event.way = "lifted"
+    return True
 
 
 class _TrappedGuest:
@@ -73,6 +97,7 @@ class Coded:
         if self._skips:
             event.short_circuit = False
         event.action = Action.ASK
+        event.way = "emulated"
         event.callback = self
 
     def __call__(self, trap: LiveTrap) -> None:

@@ -275,7 +275,13 @@ def test_what_is_not_available_yet(typist: Typist, rest: str, marked: str) -> No
         ("code { 90 } buffer 1000001", "a buffer has 1 to 1000000 bytes, not 1000001", "buffer 1000001"),
         ("code { 90 } buffer 0", "a buffer has 1 to 1000000 bytes, not 0", "buffer 0"),
         ("condition { 90 } sc on stage post", "'sc on' needs 'stage pre'", "sc on"),
-        ("condition { 90 } script { .x = 1; }", "'condition' together with a script is not yet available", "condition { 90 }"),
+        ("code { 90 } script { .x = 1; }", "'code' together with a script is not yet available", "code { 90 }"),
+        ("buffer 8 script { .x = 1; }", "'buffer' together with a script is not yet available", "buffer 8"),
+        (
+            "condition { 488b00 } script { .x = 1; }",
+            "this condition has to be emulated, which is not yet",
+            "condition { 488b00 }",
+        ),
         ("asm condition { nop } asm", "'asm' stands before 'code' or 'condition'", "asm"),
         ("output {a,,b}", "a name is missing between the commas", "{a,,b}"),
         ("output {a,b,c,d,e,f}", "an event has 5 outputs at most, not 6", "{a,b,c,d,e,f}"),
@@ -292,19 +298,24 @@ def test_a_wrong_value_is_told_before_that_it_is_not_available(typist: Typist, r
 
 
 @pytest.mark.parametrize(
-    ("rest", "verb"),
+    ("rest", "verb", "way"),
     [
-        ("code { 90 }", "runs code at"),
-        ("buffer 10 asm code { nop }", "runs code at"),
-        ("code { \\x90\\x90 } log", "prints and runs code at"),
-        ("condition { 90 }", "where its condition holds breaks at"),
-        ("asm condition { nop; ret } log", "where its condition holds prints"),
-        ("CONDITION core 1 { 0x90 } asm CODE { nop }", "where its condition holds runs code at"),
+        ("code { 90 }", "runs code at", "emulated"),
+        ("buffer 10 asm code { nop }", "runs code at", "emulated"),
+        ("code { \\x90\\x90 } log", "prints and runs code at", "emulated"),
+        ("condition { 488b00 }", "where its condition holds breaks at", "emulated"),
+        ("condition { 488b01 }", "where its condition holds breaks at", "lifted"),
+        ("condition { 488b01 } sc on", "where its condition holds breaks at", "lifted"),
+        ("condition { 488b01 } script { .n = 1; }", "where its condition holds runs a script at", "lifted"),
+        ("asm condition { nop; ret } log", "where its condition holds prints", "emulated"),
+        ("CONDITION core 1 { 0x90 } asm CODE { nop }", "where its condition holds runs code at", "emulated"),
     ],
 )
-def test_machine_code(typist: Typist, rest: str, verb: str) -> None:
+def test_machine_code(typist: Typist, rest: str, verb: str, way: str) -> None:
     assert typist.types(f"!msrwrite 10 {rest}").startswith(f"event 0 {verb} each wrmsr of 10 ")
-    assert [event.action for event in typist.debugger.events] == [Action.ASK]
+    (event,) = typist.debugger.events
+    assert event.action == (Action.ASK if way == "emulated" else Action.SCRIPT)
+    assert f"[{way}]" in typist.types("events")
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def action(
 def ended(code: str, kind: Kind = Kind.ACTION, guest: Pages | None = None, limits: Limits | None = None) -> str:
     """Why a run of this code is ended."""
     with pytest.raises(CodeRunError) as why:
-        Sandbox(bytes.fromhex(code), kind, None, limits or Limits()).run(VALUES, 0, guest or Pages())
+        Sandbox(bytes.fromhex(code), kind, None, limits or Limits(seconds=60)).run(VALUES, 0, guest or Pages())
     assert "\n" not in str(why.value)
     return str(why.value)
 
@@ -226,7 +226,7 @@ def test_writes_through_all_of_memory_are_ended() -> None:
     guest = Endless()
     # mov rdi, KERNEL; mov rcx, -1; rep stosq
     huge = "48bf0000000000f8ffff 48c7c1ffffffff f348ab"
-    assert "touches more than 100 pages of guest memory" in ended(huge, guest=guest, limits=Limits(pages=100))
+    assert "touches more than 100 pages of guest memory" in ended(huge, guest=guest, limits=Limits(pages=100, seconds=60))
     assert "rep stosq qword ptr [rdi], rax: it has not returned after 100,000 instructions" in ended(huge, guest=guest)
     assert guest.writes == []
 
@@ -261,7 +261,7 @@ def test_random_code_ends_well_or_with_one_line(code: bytes, kind: Kind, dice: r
     guest = Pages(KERNEL, 0)
     registers = [dice.choice((0, KERNEL, dice.getrandbits(64))) for _ in range(16)]
     try:
-        result = Sandbox(code, kind, limits=Limits(instructions=2000)).run(registers, 0xC0000082, guest)
+        result = Sandbox(code, kind, limits=Limits(instructions=2000, seconds=60)).run(registers, 0xC0000082, guest)
     except CodeRunError as error:
         message = str(error)
     else:

@@ -21,15 +21,20 @@ if TYPE_CHECKING:
 def attach(session: Session, arguments: Arguments, options: EventOptions, event: Event) -> None:
     """Makes the event one that runs its machine code. Raises CommandError at what is wrong with it, EventError for an option."""
     # Unicorn takes a moment to load, which a debugger without machine code does not need.
-    from vmexit.coded import Coded, UserCode
+    from vmexit.coded import Coded, UserCode, lift_condition
 
-    if event.action & Action.SCRIPT:
-        option = next((name for name in ("condition", "code", "buffer") if name in options.places), "script")
-        raise EventError(option, f"'{option}' together with a script is not yet available; make two events of it")
+    if event.action & Action.SCRIPT and (unfit := next((name for name in ("code", "buffer") if name in options.places), None)):
+        raise EventError(unfit, f"'{unfit}' together with a script is not yet available; make two events of it")
     code = {name: _bytes(arguments, *given) for name, given in options.machine_code.items()}
     try:
         user_code = UserCode(code.get("condition"), code.get("code"), options.buffer)
-        Coded(session.debugger, user_code, event, lambda: session.settings.code_failures)
+        if not lift_condition(session.debugger, user_code, event):
+            if event.action & Action.SCRIPT:
+                message = "this condition has to be emulated, which is not yet available together with a script"
+                raise EventError("condition", message)
+            Coded(session.debugger, user_code, event, lambda: session.settings.code_failures)
+    except EventError:
+        raise
     except VmexitError as error:
         raise EventError("buffer", str(error)) from None
 

@@ -69,7 +69,7 @@ PARAMETERS = (
     (
         "code { CODE }",
         "Machine code that is run at each trap: it gets the buffer (RCX), the guest's registers (RDX) and the MSR (R8). The page "
-        "on custom code tells what both can do. Neither goes together with a script yet.",
+        "on custom code tells what both can do. Code does not go together with a script yet.",
     ),
     ("asm", "Before 'condition' or 'code': what is in the braces is assembly in Intel's syntax."),
     ("buffer N", "So many zeroed bytes that the event's code keeps from trap to trap."),

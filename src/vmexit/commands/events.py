@@ -106,5 +106,6 @@ def _table(session: Session) -> str:
         named = msr_sets.describe(event.msrs)
         what = "" if named == str(event.msrs) else f"  // {named}"
         faults = f"  [{event.faults:,} run{'s' * (event.faults != 1)} ended by an error]" if event.faults else ""
-        lines.append(f"{event.number:<4x} {state}  {count:>{width}} {unit}  {' '.join(event.text.split())}{what}{faults}")
+        way = f"  [{event.way}]" if event.way else ""
+        lines.append(f"{event.number:<4x} {state}  {count:>{width}} {unit}  {' '.join(event.text.split())}{what}{way}{faults}")
     return "\n".join(lines)

@@ -23,7 +23,9 @@ _VERBS = {
 def _coded_verb(options: event_options.EventOptions) -> str:
     """Of an event with machine code of the user's."""
     does = ["prints"] if options.log else []
-    if "code" in options.machine_code:
+    if options.script is not None:
+        does.append("runs a script at")
+    elif "code" in options.machine_code:
         does.append("runs code at")
     elif not options.log:
         does.append("breaks at")
@@ -70,7 +72,7 @@ class _MsrCommand(Command):
     def _success(self, session: Session, event: Event, options: event_options.EventOptions) -> str:
         instruction = (self._ACCESS.name or "").lower()
         left_out = event.msrs.left_out
-        verb = _VERBS.get(event.action) or _coded_verb(options)
+        verb = _coded_verb(options) if options.machine_code else _VERBS.get(event.action, "breaks at")
         msrs = "every MSR" if left_out else msr_sets.describe(event.msrs)
         text = f"event {event.number:x} {verb} each {instruction} of {msrs}"
         text += f" ({event_options.description(options)})"

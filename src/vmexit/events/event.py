@@ -54,6 +54,8 @@ class Event:
     """Where the agent counts its hits; given by the table."""
     faults: int = 0
     """Runs of its script that were ended."""
+    way: str = ""
+    """How its machine code runs, for a list of events; empty: it has none."""
     recording: Recording | None = field(default=None, repr=False)
     """Where its records are kept; None: they are only counted and passed on."""
 

@@ -70,8 +70,13 @@ def _text(instruction: Any) -> str:
     return f"{instruction.mnemonic} {instruction.op_str}".strip()
 
 
+def decoded(code: bytes, offset: int) -> Any:
+    """The instruction at this place, with capstone's details; None: there is none."""
+    with _lock:
+        return next(decoder().disasm(code[offset : offset + _LONGEST], offset, 1), None)
+
+
 def shown(code: bytes, offset: int) -> str:
     """The instruction at this place of the code: ``+1a: mov rax, qword ptr [rax]``."""
-    with _lock:
-        found = next(decoder().disasm(code[offset : offset + _LONGEST], offset, 1), None)
+    found = decoded(code, offset)
     return f"+{offset:x}: {_text(found) if found is not None else '(no instruction: ' + code[offset : offset + 8].hex(' ') + ')'}"

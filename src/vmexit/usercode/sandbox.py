@@ -69,7 +69,7 @@ class Limits:
 
     instructions: int = 100_000
     """Each turn of a repeated instruction counts."""
-    seconds: float = 1.0
+    seconds: float = 5.0
     pages: int = 256
     """Pages of guest memory."""
 

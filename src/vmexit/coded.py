@@ -13,7 +13,7 @@ from vmexit.prints import Printed
 from vmexit.trap import LiveTrap, Trap, record_of, traps_of
 from vmexit.usercode.errors import CodeRunError
 from vmexit.usercode.lift import lift
-from vmexit.usercode.sandbox import Buffer, Kind, Sandbox
+from vmexit.usercode.sandbox import Buffer, Kind, Sandbox, check_buffer
 
 if TYPE_CHECKING:
     from vmexit.debugger import Debugger
@@ -32,6 +32,11 @@ class UserCode:
     code: bytes | None = None
     buffer: int | None = None
     """Bytes."""
+
+    def check(self) -> None:
+        """Raises VmexitError for a buffer of no sound size."""
+        if self.buffer is not None:
+            check_buffer(self.buffer)
 
 
 def lift_condition(debugger: Debugger, user_code: UserCode, event: Event) -> bool:

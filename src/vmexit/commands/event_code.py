@@ -26,17 +26,20 @@ def attach(session: Session, arguments: Arguments, options: EventOptions, event:
     if event.action & Action.SCRIPT and (unfit := next((name for name in ("code", "buffer") if name in options.places), None)):
         raise EventError(unfit, f"'{unfit}' together with a script is not yet available; make two events of it")
     code = {name: _bytes(arguments, *given) for name, given in options.machine_code.items()}
+    user_code = UserCode(code.get("condition"), code.get("code"), options.buffer)
     try:
-        user_code = UserCode(code.get("condition"), code.get("code"), options.buffer)
-        if not lift_condition(session.debugger, user_code, event):
-            if event.action & Action.SCRIPT:
-                message = "this condition has to be emulated, which is not yet available together with a script"
-                raise EventError("condition", message)
-            Coded(session.debugger, user_code, event, lambda: session.settings.code_failures)
-    except EventError:
-        raise
+        user_code.check()
     except VmexitError as error:
         raise EventError("buffer", str(error)) from None
+    try:
+        if lift_condition(session.debugger, user_code, event):
+            return
+    except VmexitError as error:
+        raise EventError("condition", f"this script cannot stand behind a condition: {error}") from None
+    if event.action & Action.SCRIPT:
+        what = "with both a script and 'log'" if options.log else "that has to be emulated, together with a script,"
+        raise EventError("condition", f"a condition {what} is not yet available")
+    Coded(session.debugger, user_code, event, lambda: session.settings.code_failures)
 
 
 def _bytes(arguments: Arguments, block: Token, is_assembly: bool) -> bytes:

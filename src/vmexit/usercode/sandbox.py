@@ -84,13 +84,18 @@ class Guest(Protocol):
         ...
 
 
+def check_buffer(size: int) -> None:
+    """Raises VmexitError for a buffer that is empty or absurdly large; ``size``: in bytes."""
+    if not 0 < size <= MAX_BUFFER:
+        raise VmexitError(f"a buffer has 1 to {MAX_BUFFER:x} bytes, not {size:x}")
+
+
 class Buffer:
     """The zeroed bytes of an event that its code keeps from one run to the next."""
 
     def __init__(self, size: int) -> None:
         """``size``: in bytes, 1 to MAX_BUFFER; VmexitError for another."""
-        if not 0 < size <= MAX_BUFFER:
-            raise VmexitError(f"a buffer has 1 to {MAX_BUFFER:x} bytes, not {size:x}")
+        check_buffer(size)
         self.size = size
         self.memory = _Memory(size)
 

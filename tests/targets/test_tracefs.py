@@ -276,6 +276,19 @@ class TestNothingIsLeft:
         assert instances_of(os.getpid()) == before
 
 
+def test_a_session_from_a_pipe() -> None:
+    need_tracing("msr", "write_msr")
+    commands = ["!msrwrite 10 log", "pause", "r", ".status", "g", "g", "sleep 1", "detach"]
+    command = [sys.executable, "-m", "vmexit", "host"]
+    done = subprocess.run(command, input="\n".join(commands), capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0
+    assert "paused: nothing is watched until 'g'" in done.stdout
+    assert "agent    through a tracepoint; can record, post" in done.stdout
+    assert "the machine runs already" in done.stdout
+    assert done.stdout.endswith("nothing is watched any more\n")
+    assert done.stderr.startswith("reading registers is not possible here: a tracepoint only tells")
+
+
 def watching_host() -> subprocess.Popen[str]:
     """A vmexit that looks at this host without end."""
     need_tracing("msr", "write_msr")

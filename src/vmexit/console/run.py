@@ -149,9 +149,10 @@ class _Run:
     # ---- driving ----
 
     def go(self) -> None:
-        """Lets the machine run and waits until it halts."""
+        """Lets the machine run and waits until it halts, which one that is only looked at never does by itself."""
         self._debugger.go()
-        self._work_while(lambda: self._debugger.state is State.RUNNING)
+        if self._target.only_looks is None:
+            self._work_while(lambda: self._debugger.state is State.RUNNING)
 
     def pause(self) -> None:
         """Halts the machine and waits for that."""

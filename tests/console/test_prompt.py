@@ -149,14 +149,14 @@ def test_what_was_typed_is_remembered(tmp_path: Path) -> None:
     _, arguments = guest_arguments("hang")
     with terminal(tmp_path, arguments) as at:
         at.waits_for(PROMPT)
-        at.enters("settings syntax masm", "syntax       masm")
+        at.enters("settings syntax masm", "syntax        masm")
         at.enters(".exit", "")
         at.ends()
     with terminal(tmp_path, arguments) as at:
         at.waits_for(PROMPT)
         at.types("\x1b[A\x1b[A")
         at.waits_for("settings syntax masm")
-        at.enters("", "syntax       masm")
+        at.enters("", "syntax        masm")
 
 
 def test_commands_given_beforehand_and_ctrl_c_while_they_wait(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_commands_given_beforehand_and_ctrl_c_while_they_wait(tmp_path: Path) ->
         at.waits_for("halted, core 0")
         at.waits_for("interrupted: the commands that were still to come are left out")
         at.waits_for(PROMPT)
-        at.enters("settings", "syntax       intel")
+        at.enters("settings", "syntax        intel")
 
 
 def test_ctrl_c_ends_a_sleep(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from vmexit.debugger import State, Stop, StopReason
 from vmexit.link.rings import Records, joined
 from vmexit.link.wire import RECORD
 from vmexit.prints import Printed
-from vmexit.script.errors import ScriptRunError
+from vmexit.script.errors import Place, ScriptRunError
 from vmexit.targets.base import Notice, NoticeKind
 
 _AT_ONCE = 16384
@@ -52,7 +52,7 @@ class Feed:
         self._line_when = 0.0
         self._held_lines: list[bytes] = []
         self._lines_passed_over = 0
-        self._told_faults: set[tuple[int, str]] = set()
+        self._told_faults: set[tuple[int, Place]] = set()
         self.is_busy = False
         """Whether something is being shown right now."""
         self._at_once = 256
@@ -182,8 +182,8 @@ class Feed:
             self._screen.write(part.decode("utf-8", "replace"))
 
     def _show_fault(self, printed: Printed, fault: ScriptRunError) -> None:
-        """The first of a kind with the line that is to blame, the others without."""
-        key = (printed.event, str(fault))
+        """The first at a place with the line that is to blame, the others there without."""
+        key = (printed.event, fault.place)
         text = str(fault) if key in self._told_faults else fault.render()
         self._told_faults.add(key)
         self._screen.write(f"event {printed.event:x}, core {printed.core:x}: {text}")

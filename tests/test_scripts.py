@@ -92,6 +92,30 @@ class TestWhatTheyReach:
             flags = debugger.registers()["rflags"]
             assert text_of(found) == f"{flags:x} 1\n" and flags & 1
 
+    @pytest.mark.parametrize(
+        "name", ["gdtr", "idtr", "ldtr", "tr", "dr0", "dr1", "dr2", "dr3", "dr6", "cr2", "fs_base", "gs_base"]
+    )
+    def test_system_registers_are_read_and_written(self, name: str) -> None:
+        with guest("loop", COUNT=2) as (debugger, _, _):
+            found = prints_of(debugger)
+            script = f"""
+                if (.n == 0) {{ .old = @{name}; @{name} = 0x12345678; }}
+                else {{ print(@{name}); @{name} = .old; print(@{name} == .old); }}
+                .n = .n + 1;
+            """
+            debugger.on_msr_write(0xC0000081, script=script)
+            finish(debugger)
+            assert text_of(found) == "12345678\n1\n" and not any(each.fault for each in found)
+
+    def test_a_breakpoint_that_a_script_sets_is_one(self) -> None:
+        with guest("loop", COUNT=2) as (debugger, _, _):
+            found = prints_of(debugger)
+            debugger.on_msr_write(
+                0xC0000081, script='if (.n == 0) { @dr0 = 0x500000; @dr7 = 0x401; } .n = .n + 1; printf("%x ", @dr7);'
+            )
+            finish(debugger)
+            assert text_of(found) == "401 401 "
+
     def test_memory_is_read_and_written(self) -> None:
         with guest("sequence") as (debugger, image, _):
             found = prints_of(debugger)

@@ -59,7 +59,7 @@ def test_two_vcpus_print_count_and_change_events(host: FakeHost) -> None:
     eventually(lambda: int(link.rings.globals[0]) == 200)
     names = {variable.name: variable.index for variable in script.globals}
     assert int(link.rings.globals[names["m"]]) == 200
-    assert link.rings.changes == 200
+    eventually(lambda: link.rings.changes == 200)  # the last thing that a run does; its other effects may be seen before
 
 
 def test_code_that_comes_and_goes(host: FakeHost) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 
 from vmexit.errors import LinkError, TargetError, VmexitError
 from vmexit.events.event import Callback, Event
+from vmexit.events.filters import ValueFilter
 from vmexit.events.msrs import UNNAMED_READS, UNNAMED_WRITES, MsrSet
 from vmexit.events.table import EventTable
 from vmexit.guest.disassembly import Mode, mode_of
@@ -120,6 +121,8 @@ class Debugger:
         self.listeners: list[Listener] = []
         self.record_listeners: list[RecordListener] = []
         self.print_listeners: list[PrintListener] = []
+        self.at_close: list[Callable[[], None]] = []
+        """Called once, before the debugger lets go of the machine; not under its lock."""
         self.compiler = Compiler()
         """Of the session's scripts, which share their global variables."""
         self.script_steps = DEFAULT_STEPS
@@ -159,6 +162,8 @@ class Debugger:
 
     def close(self) -> None:
         """Ends a machine that vmexit has started, and nothing of it is left behind; lets go of any other."""
+        while self.at_close:
+            self.at_close.pop()()
         with self.lock:
             self.state = State.ENDED
             self.target.close()
@@ -168,10 +173,7 @@ class Debugger:
     def add(self, event: Event) -> Event:
         """Takes in an event; it holds from the next instruction on. Raises VmexitError, with the reason, if it cannot be."""
         with self.lock:
-            event.check()
-            self._check_alive()
-            target = self.target
-            check(event, target.link.capabilities, target.vcpus, target.name, target.untrappable, target.only_looks)
+            self._check(event)
             self.events.add(event)
             self._rings.clear_hits(event.slot)
             try:
@@ -181,6 +183,12 @@ class Debugger:
                 raise
         return event
 
+    def _check(self, event: Event) -> None:
+        event.check()
+        self._check_alive()
+        target = self.target
+        check(event, target.link.capabilities, target.vcpus, target.name, target.untrappable, target.only_looks)
+
     def on_msr_write(
         self,
         msr: int | str | range | None = None,
@@ -188,6 +196,9 @@ class Debugger:
         *,
         core: int | None = None,
         stage: Stage = Stage.PRE,
+        value: int | None = None,
+        mask: int | None = None,
+        changed: bool = False,
         script: str | CompiledScript | None = None,
         short_circuit: bool = False,
         immediate: bool = False,
@@ -196,12 +207,14 @@ class Debugger:
         """Traps WRMSR: calls ``callback`` with each, runs ``script`` at each, or both; else records it.
 
         ``msr``: one address, a name ("LSTAR"), a range of addresses, or None for all but those that are written all the time
-        (events.msrs). ``core``: a vCPU's index, None for all. ``script``: text of the script language, which runs in the
-        vCPU's thread, before the callback; what it prints goes to ``print_listeners``. ``keep``: so many of the newest records
-        stay in ``event.recording``; none with a callback or script. Raises VmexitError where it cannot be, ScriptError (one of
-        these) for a script that does not compile.
+        (events.msrs). ``core``: a vCPU's index, None for all. ``value``: only writes of it; ``mask``: the bits of it that count;
+        ``changed``: only what differs, in these bits, from what the MSR holds (all three: events.filters). ``script``: text of
+        the script language, which runs in the vCPU's thread, before the callback; what it prints goes to ``print_listeners``.
+        ``keep``: so many of the newest records stay in ``event.recording``; none with a callback or script. Raises VmexitError
+        where it cannot be, ScriptError (one of these) for a script that does not compile.
         """
-        return self._on_access(Access.WRMSR, msr, callback, core, stage, script, short_circuit, immediate, keep)
+        wanted = ValueFilter.of(value, mask, changed)
+        return self._on_access(Access.WRMSR, msr, callback, core, stage, wanted, script, short_circuit, immediate, keep)
 
     def on_msr_read(
         self,
@@ -210,13 +223,16 @@ class Debugger:
         *,
         core: int | None = None,
         stage: Stage = Stage.PRE,
+        value: int | None = None,
+        mask: int | None = None,
         script: str | CompiledScript | None = None,
         short_circuit: bool = False,
         immediate: bool = False,
         keep: int = _KEPT,
     ) -> Event:
         """Traps RDMSR; as on_msr_write. What was read is to be seen, and changed, in Stage.POST."""
-        return self._on_access(Access.RDMSR, msr, callback, core, stage, script, short_circuit, immediate, keep)
+        wanted = ValueFilter.of(value, mask, False)
+        return self._on_access(Access.RDMSR, msr, callback, core, stage, wanted, script, short_circuit, immediate, keep)
 
     def _on_access(
         self,
@@ -225,6 +241,7 @@ class Debugger:
         callback: Callback | None,
         core: int | None,
         stage: Stage,
+        wanted: ValueFilter | None,
         script: str | CompiledScript | None,
         short_circuit: bool,
         immediate: bool,
@@ -249,6 +266,7 @@ class Debugger:
                 action=action or Action.RECORD,
                 callback=callback,
                 script=script,
+                filter=wanted,
                 short_circuit=short_circuit,
                 immediate=immediate,
                 text=f"on_msr_{'write' if access == Access.WRMSR else 'read'}({msrs})",
@@ -266,6 +284,22 @@ class Debugger:
                 self._push()
             except BaseException:
                 event.enabled = was
+                raise
+
+    def rework(self, event: Event, **changes: object) -> None:
+        """Makes an event another (action, callback, enabled, ...), from the next instruction on; or raises, and leaves it."""
+        with self.lock:
+            self._program.sync()
+            self._check_present(event)
+            before = {name: getattr(event, name) for name in changes}
+            try:
+                for name, change in changes.items():
+                    setattr(event, name, change)
+                self._check(event)
+                self._push()
+            except BaseException:
+                for name, was in before.items():
+                    setattr(event, name, was)
                 raise
 
     def clear(self, event: Event) -> None:
@@ -374,6 +408,18 @@ class Debugger:
         with self.lock:
             self._check_alive()
             self.target.link.write_memory(core, address, data, physical=physical)
+
+    def read_msr(self, msr: int | str, core: int | None = None) -> int:
+        """What RDMSR would give on that vCPU of a halted machine. Raises MsrError where it would fault, or nothing is known."""
+        from vmexit.msr_access import read_msr
+
+        return read_msr(self, msr, self._existing(core))
+
+    def write_msr(self, msr: int | str, value: int, core: int | None = None) -> None:
+        """Does what WRMSR would do on that vCPU of a halted machine. Raises MsrError where it would fault."""
+        from vmexit.msr_access import write_msr
+
+        write_msr(self, msr, value, self._existing(core))
 
     def code_mode(self, core: int | None = None) -> Mode:
         """How wide the code is that a vCPU executes, as far as CR0 and EFER tell (disassembly.mode_of)."""

@@ -55,6 +55,8 @@ def check(
     missing = needed(event) & ~capabilities
     if only_looks is not None and event.stage & Stage.PRE:
         raise EventError("stage", f"stage pre is not possible here: {only_looks.reason}")
+    if event.filter is not None and event.filter.changed and only_looks is not None:
+        raise EventError("changed", f"'changed' is not possible here: {only_looks.reason}")
     if event.process is not None and (only_looks is None or not only_looks.names_processes):
         raise EventError("pid", "'pid' is not yet available")
     for capability, (what, option) in _NEEDS.items():
@@ -101,6 +103,7 @@ def lower(event: Event, script: int = 0) -> bytes:
         script=script,
         range_count=len(event.msrs.ranges),
         ranges=[{"first": first, "last": last} for first, last in event.msrs.ranges],
+        **(event.filter.wire() if event.filter is not None else {}),
     )
 
 

@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include "clock.h"
 #include "core.h"
+#include "filter.h"
 #include "quick.h"
 #include "script_trap.h"
 
@@ -193,7 +194,7 @@ static void free_retired_tables(void)
 static bool is_quick(const struct vmexit_event *events, size_t count)
 {
     for (size_t i = 0; i < count; i++)
-        if (events[i].actions != VMEXIT_RECORD || events[i].stages != VMEXIT_PRE ||
+        if (events[i].actions != VMEXIT_RECORD || events[i].stages != VMEXIT_PRE || filter_is_there(&events[i]) ||
             (events[i].flags & (VMEXIT_SHORT_CIRCUIT | VMEXIT_IMMEDIATE)))
             return false;
     return core.has_membarrier && clock_has_tsc();
@@ -253,7 +254,7 @@ static bool event_is_sound(const struct vmexit_event *event, uint32_t previous_i
     for (uint32_t i = 0; i < event->range_count; i++)
         if (event->ranges[i].first > event->ranges[i].last)
             return false;
-    return true;
+    return filter_is_sound(event);
 }
 
 static uint32_t needed_capabilities(const struct vmexit_event *event)
@@ -333,7 +334,7 @@ int core_set_events(const struct vmexit_event *events, size_t count, uint64_t ch
         if (needed_capabilities(&events[i]) & ~core.door->capabilities)
             return VMEXIT_UNAVAILABLE;
     }
-    struct table *table = make_table(events, count);
+    struct table *table = filters_prepare(events, count) ? make_table(events, count) : NULL;
     if (table == NULL)
         return VMEXIT_UNAVAILABLE;
     int status = replace_table(table, changes);
@@ -614,10 +615,11 @@ static bool has_msr(const struct vmexit_event *event, uint32_t msr)
     return false;
 }
 
-static bool matches(const struct vmexit_event *event, const struct trap *trap, unsigned stage)
+static bool matches(const struct vmexit_event *event, struct trap *trap, unsigned stage)
 {
     return (flags_of(event) & VMEXIT_ENABLED) && (event->access & trap->access) && (event->stages & stage) &&
-           (event->core == VMEXIT_ALL_CORES || event->core == trap->vcpu) && has_msr(event, trap->msr);
+           (event->core == VMEXIT_ALL_CORES || event->core == trap->vcpu) && has_msr(event, trap->msr) &&
+           (!filter_is_there(event) || filter_lets(event, trap, stage));
 }
 
 /* True: the machine has to halt. */
@@ -643,6 +645,7 @@ enum verdict core_pre(struct trap *trap, struct progress *progress)
     struct vcpu *vcpu = &core.vcpus[trap->vcpu];
     const struct table *table = table_enter(vcpu);
     trap->stage = VMEXIT_PRE;
+    trap->before.again = progress->after == PROGRESS_DONE;
     for (size_t i = 0; i < table->count && table->events[i].id <= progress->limit; i++) {
         const struct vmexit_event *event = &table->events[i];
         if (event->id <= progress->after || !matches(event, trap, VMEXIT_PRE))
@@ -660,8 +663,12 @@ enum verdict core_pre(struct trap *trap, struct progress *progress)
     }
     progress->after = PROGRESS_DONE;
     trap->wants_post = false;
-    for (size_t i = 0; i < table->count && !progress->skip && !trap->wants_post; i++)
-        trap->wants_post = matches(&table->events[i], trap, VMEXIT_POST);
+    /* All that will compare the value with the one of before have to see that one now. */
+    for (size_t i = 0; i < table->count && !progress->skip; i++)
+        if (!trap->wants_post || table->events[i].changes)
+            trap->wants_post |= matches(&table->events[i], trap, VMEXIT_POST);
+    if (!progress->skip)
+        filter_note(trap);
     table_leave(vcpu);
     return progress->skip ? SKIP : CARRY_OUT;
 }
@@ -714,6 +721,7 @@ uint64_t core_attach(void)
             .text_tail = core.vcpus[i].text_head,
         };
     scripts_begin_session();
+    filters_begin_session();
     clock_calibrate();
     __atomic_fetch_add(&core.session, 1, __ATOMIC_SEQ_CST);
     return __atomic_load_n(&core.sequence, __ATOMIC_SEQ_CST);

@@ -22,6 +22,12 @@ struct trap {
     uint64_t rsp;
     uint32_t msr; /* ECX */
     uint64_t value; /* EDX:EAX */
+    struct {
+        uint8_t is; /* what filter.c knows of it */
+        bool again; /* the events of the pre stage have acted: the instruction comes once more */
+        uint32_t msr;
+        uint64_t value;
+    } before; /* what the MSR held before the instruction */
 };
 
 /* How far the events of the pre stage have come with one execution of one instruction; survives a break in between. */
@@ -52,6 +58,8 @@ struct door {
     bool (*reach_memory)(struct trap *trap, bool physical, bool write, uint64_t address, void *bytes, uint32_t length);
     bool (*to_physical)(struct trap *trap, uint64_t address, uint64_t *physical);
     bool (*to_virtual)(struct trap *trap, uint64_t physical, uint64_t *address);
+    /* What an MSR of the trapping vCPU holds. False: not to be known. */
+    bool (*peek_msr)(struct trap *trap, uint32_t msr, uint64_t *value);
 
     /* The link's thread has begun. */
     void (*enter_thread)(void);
@@ -59,6 +67,7 @@ struct door {
     int (*get_registers)(unsigned vcpu, uint64_t *registers);
     int (*set_register)(unsigned vcpu, unsigned number, uint64_t value);
     int (*access_memory)(unsigned vcpu, bool physical, bool write, uint64_t address, void *bytes, uint32_t length);
+    int (*access_msr)(unsigned vcpu, bool write, uint32_t msr, uint64_t *value);
     int (*decide)(unsigned vcpu, bool skip);
     /* Lets a machine run that the debugger had halted and can no longer let run itself. */
     void (*resume)(void);

@@ -167,6 +167,11 @@ static bool to_virtual(struct trap *trap, uint64_t physical, uint64_t *address)
     return paging && paging_find(paging, physical, PAGING_MANY_TABLES, address);
 }
 
+static bool peek_msr(struct trap *trap, uint32_t msr, uint64_t *value)
+{
+    return access_peek_msr(((struct place *)trap->place)->cpu, msr, value);
+}
+
 static const struct door *the_door(void);
 
 static struct trap make_trap(struct place *place, unsigned access, uint32_t msr, uint64_t rip)
@@ -470,6 +475,17 @@ static int access_memory(unsigned vcpu, bool physical, bool write, uint64_t addr
     return done ? VMEXIT_OK : VMEXIT_UNREADABLE;
 }
 
+static int access_msr(unsigned vcpu, bool write, uint32_t msr, uint64_t *value)
+{
+    int status;
+    struct cpu *cpu = reachable(vcpu, &status);
+    if (cpu == NULL || (write && core_is_asking(vcpu)))
+        return cpu ? VMEXIT_RUNNING : status;
+    if (write)
+        return access_write_msr(cpu, msr, *value);
+    return access_peek_msr(cpu, msr, value) ? VMEXIT_OK : VMEXIT_NO_MSR;
+}
+
 static int decide(unsigned vcpu, bool skip) { return hold_decide(vcpu, skip) ? VMEXIT_OK : VMEXIT_REFUSED; }
 
 static struct door door = {
@@ -485,10 +501,12 @@ static struct door door = {
     .reach_memory = reach_memory,
     .to_physical = to_physical,
     .to_virtual = to_virtual,
+    .peek_msr = peek_msr,
     .enter_thread = halt_prepare,
     .get_registers = get_registers,
     .set_register = set_register,
     .access_memory = access_memory,
+    .access_msr = access_msr,
     .decide = decide,
     .resume = halt_resume,
     .set_events = msrs_want,

@@ -236,6 +236,8 @@ void state_apply(struct cpu *cpu)
     pthread_mutex_unlock(&kvm_lock);
     if (changed)
         set_changed(cpu, values, changed);
+    if (changed & CHANGED_MSRS)
+        access_apply(cpu);
 }
 
 /* ---- memory ---- */

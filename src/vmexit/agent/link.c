@@ -159,6 +159,24 @@ static void read_registers(const struct vmexit_message *message)
     answer(status, registers, status == VMEXIT_OK ? sizeof registers : 0, NULL, 0);
 }
 
+static void read_msr(const struct vmexit_message *message)
+{
+    const struct door *door = core_door();
+    uint64_t value = 0;
+    int status = VMEXIT_REFUSED;
+    if (message->length == 0)
+        status = door->access_msr ? door->access_msr(message->vcpu, false, message->argument, &value) : VMEXIT_UNAVAILABLE;
+    answer(status, &value, status == VMEXIT_OK ? sizeof value : 0, NULL, 0);
+}
+
+static int write_msr(const struct vmexit_message *message)
+{
+    uint64_t value = message->address;
+    if (message->length != 0)
+        return VMEXIT_REFUSED;
+    return core_door()->access_msr ? core_door()->access_msr(message->vcpu, true, message->argument, &value) : VMEXIT_UNAVAILABLE;
+}
+
 static void read_memory(const struct vmexit_message *message)
 {
     uint8_t bytes[VMEXIT_MAX_TRANSFER];
@@ -203,6 +221,8 @@ static int change(const struct vmexit_message *message)
         if (!bare || message->argument >= VMEXIT_REGISTERS)
             return VMEXIT_REFUSED;
         return core_door()->set_register(message->vcpu, message->argument, message->address);
+    case VMEXIT_WRITE_MSR:
+        return write_msr(message);
     case VMEXIT_ADD_SCRIPT:
         return add_script(message);
     case VMEXIT_SCRIPT_LIMITS:
@@ -227,6 +247,8 @@ static void serve(size_t received)
         answer(VMEXIT_REFUSED, NULL, 0, NULL, 0);
     } else if (message->type == VMEXIT_GET_REGISTERS) {
         read_registers(message);
+    } else if (message->type == VMEXIT_READ_MSR) {
+        read_msr(message);
     } else if (message->type == VMEXIT_READ_VIRTUAL || message->type == VMEXIT_READ_PHYSICAL) {
         read_memory(message);
     } else {

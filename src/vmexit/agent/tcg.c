@@ -12,6 +12,7 @@
 #include "hold.h"
 #include "paging.h"
 #include "qemu.h"
+#include "qemu_msrs.h"
 #include "quick.h"
 
 enum { ENV_TRIES = 16, ENV_PROVEN = ENV_TRIES + 1 };
@@ -173,6 +174,8 @@ static bool to_virtual(struct trap *trap, uint64_t physical, uint64_t *address)
     return paging_find(&paging, physical, PAGING_MANY_TABLES, address);
 }
 
+static bool peek_msr(struct trap *trap, uint32_t msr, uint64_t *value) { return qemu_peek_msr(trap->vcpu, msr, value); }
+
 static void halt(void)
 {
     vm_stop(RUN_STATE_PAUSED);
@@ -225,6 +228,19 @@ static int access_memory(unsigned vcpu, bool physical, bool write, uint64_t addr
     return qemu_access_memory(vcpu, physical, write, address, bytes, length) ? VMEXIT_OK : VMEXIT_UNREADABLE;
 }
 
+static int access_msr(unsigned vcpu, bool write, uint32_t msr, uint64_t *value)
+{
+    if (vcpu >= tcg.vcpu_count)
+        return VMEXIT_REFUSED;
+    if (!(core_door()->capabilities & (write ? VMEXIT_CAN_MODIFY : VMEXIT_CAN_READ)))
+        return VMEXIT_UNAVAILABLE;
+    if (!is_reachable(vcpu) || (write && core_is_asking(vcpu)))
+        return VMEXIT_RUNNING;
+    if (write)
+        return qemu_write_msr(vcpu, msr, *value);
+    return qemu_peek_msr(vcpu, msr, value) ? VMEXIT_OK : VMEXIT_NO_MSR;
+}
+
 static int decide(unsigned vcpu, bool skip) { return hold_decide(vcpu, skip) ? VMEXIT_OK : VMEXIT_REFUSED; }
 
 static int set_halted(bool halted)
@@ -259,9 +275,11 @@ static struct door door = {
     .reach_memory = reach_memory,
     .to_physical = to_physical,
     .to_virtual = to_virtual,
+    .peek_msr = peek_msr,
     .get_registers = get_registers,
     .set_register = set_register,
     .access_memory = access_memory,
+    .access_msr = access_msr,
     .decide = decide,
     .resume = qemu_resume,
     .set_halted = set_halted,

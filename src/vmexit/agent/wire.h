@@ -109,6 +109,12 @@ struct vmexit_event {
     uint32_t script; /* what VMEXIT_SCRIPT runs: the number that it was added with (VMEXIT_ADD_SCRIPT); else 0 */
     uint32_t process; /* of the host, or VMEXIT_ALL_PROCESSES; only targets that merely look on know any other, no agent does */
     struct vmexit_range ranges[VMEXIT_MAX_RANGES];
+    uint32_t reserved;
+    /* Only what differs from `value` in no bit of `mask`, and what differs from the MSR's value of before in any bit of `changes`. A
+     * read has a value only in stage post, and changes nothing. */
+    uint64_t value;
+    uint64_t mask; /* 0: whatever the value */
+    uint64_t changes; /* 0: whatever was there before */
 };
 
 struct vmexit_record {
@@ -202,6 +208,8 @@ struct vmexit_shared {
 #define VMEXIT_WRITE_PHYSICAL 11
 #define VMEXIT_ADD_SCRIPT 12 /* struct vmexit_script_file, the file attached; forgotten unless the next VMEXIT_EVENTS names it */
 #define VMEXIT_SCRIPT_LIMITS 13 /* address = steps, argument = bytes of the native stack that a run may take */
+#define VMEXIT_READ_MSR 14 /* vcpu, argument = MSR -> uint64_t */
+#define VMEXIT_WRITE_MSR 15 /* vcpu, argument = MSR, address = value */
 #define VMEXIT_HALT 32 /* argument 1: halt the machine; 0: let it run. VMEXIT_MACHINE follows when it does */
 /* Notices of the agent, with serial 0. */
 #define VMEXIT_VCPU 64 /* vcpu has come up; its eventfd is attached */
@@ -216,6 +224,8 @@ struct vmexit_shared {
 #define VMEXIT_UNAVAILABLE 5 /* this VMM does not let the agent do it */
 #define VMEXIT_WRONG_VERSION 6
 #define VMEXIT_STALE 7 /* scripts have changed events since (vmexit_shared.changes): look, and ask again */
+#define VMEXIT_NO_MSR 8 /* the vCPU has no such MSR, or none that can be read or written from outside */
+#define VMEXIT_NO_VALUE 9 /* the MSR does not take this value: WRMSR would fault */
 
 struct vmexit_message {
     uint32_t magic;

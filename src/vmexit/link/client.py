@@ -30,6 +30,8 @@ _MEANING = {
     Status.UNAVAILABLE: "this machine does not let the agent do that",
     Status.WRONG_VERSION: "the agent in this machine is of another version of vmexit",
     Status.STALE: "scripts have changed events in the meantime",
+    Status.NO_MSR: "there is no such MSR",
+    Status.NO_VALUE: "the MSR does not take this value",
 }
 
 
@@ -242,6 +244,15 @@ class Link:
     def set_register(self, vcpu: int, number: int, value: int) -> None:
         """Changes one register of a vCPU of a halted machine."""
         self._exchange(MessageType.SET_REGISTER, vcpu, number, value)
+
+    def read_msr(self, vcpu: int, msr: int) -> int:
+        """What an MSR of a vCPU of a halted machine, or of one that has asked, holds. RequestError (NO_MSR) where it has none."""
+        (value,) = struct.unpack("<Q", self._exchange(MessageType.READ_MSR, vcpu, msr))
+        return int(value)
+
+    def write_msr(self, vcpu: int, msr: int, value: int) -> None:
+        """Changes an MSR of a vCPU of a halted machine. RequestError (NO_MSR, NO_VALUE) where WRMSR would fault."""
+        self._exchange(MessageType.WRITE_MSR, vcpu, msr, value)
 
     def read_memory(self, vcpu: int, address: int, length: int, *, physical: bool = False) -> bytes:
         """Guest memory, by the page tables of that vCPU. Raises RequestError (UNREADABLE) if any of it is not mapped."""

@@ -94,6 +94,8 @@ class MessageType(enum.IntEnum):
     WRITE_PHYSICAL = constant("WRITE_PHYSICAL")
     ADD_SCRIPT = constant("ADD_SCRIPT")
     SCRIPT_LIMITS = constant("SCRIPT_LIMITS")
+    READ_MSR = constant("READ_MSR")
+    WRITE_MSR = constant("WRITE_MSR")
     HALT = constant("HALT")
     VCPU = constant("VCPU")
     MACHINE = constant("MACHINE")
@@ -110,6 +112,8 @@ class Status(enum.IntEnum):
     UNAVAILABLE = constant("UNAVAILABLE")
     WRONG_VERSION = constant("WRONG_VERSION")
     STALE = constant("STALE")
+    NO_MSR = constant("NO_MSR")
+    NO_VALUE = constant("NO_VALUE")
 
 
 class EventState(enum.IntEnum):

@@ -76,6 +76,9 @@ def event(
     enabled: bool = True,
     core: int = wire.ALL_CORES,
     script: int = 0,
+    value: int = 0,
+    mask: int = 0,
+    changes: int = 0,
 ) -> bytes:
     """A packed event; without ranges it is about every MSR."""
     ranges = ranges or ((0, 0xFFFF_FFFF),)
@@ -91,6 +94,9 @@ def event(
         script=script,
         range_count=len(ranges),
         ranges=[{"first": first, "last": last} for first, last in ranges],
+        value=value,
+        mask=mask,
+        changes=changes,
     )
 
 

@@ -648,7 +648,9 @@ enum verdict core_pre(struct trap *trap, struct progress *progress)
     trap->before.again = progress->after == PROGRESS_DONE;
     for (size_t i = 0; i < table->count && table->events[i].id <= progress->limit; i++) {
         const struct vmexit_event *event = &table->events[i];
-        if (event->id <= progress->after || !matches(event, trap, VMEXIT_PRE))
+        const bool has_acted = event->id <= progress->after;
+        /* One that compares with the value of before has to see that one, even if it has acted before a break. */
+        if ((has_acted && !event->changes) || !matches(event, trap, VMEXIT_PRE) || has_acted)
             continue;
         /* Each event that acts sets the short-circuit state anew, so the last one decides. */
         if (!progress->decided)

@@ -207,6 +207,7 @@ WRONG_FIELDS = [
     ],
     *[("range_count", 0), ("range_count", wire.MAX_RANGES + 1), ("range_count", 0xFFFFFFFF)],
     *[("ranges", [(2, 1)]), ("ranges", [(0xFFFFFFFF, 0)])],
+    *[("value", 1), ("value", 1 << 63), ("reserved", 1)],
 ]
 
 
@@ -264,7 +265,7 @@ ABOUT_A_VCPU = (
         MessageType.READ_VIRTUAL,
         MessageType.READ_PHYSICAL,
     ],
-    *[MessageType.WRITE_VIRTUAL, MessageType.WRITE_PHYSICAL, MessageType.DECIDE],
+    *[MessageType.WRITE_VIRTUAL, MessageType.WRITE_PHYSICAL, MessageType.DECIDE, MessageType.READ_MSR, MessageType.WRITE_MSR],
 )
 
 
@@ -296,6 +297,7 @@ def test_a_vcpu_that_there_is_not(host: FakeHost, raw: socket.socket, vcpu: int)
         ],
         *[(MessageType.TRANSLATE, way, b"") for way in (2, 0xFFFFFFFF)],
         *[(kind, 0, b"x") for kind in (MessageType.GET_REGISTER, MessageType.TRANSLATE)],
+        *[(kind, 0xC0000080, b"x") for kind in (MessageType.READ_MSR, MessageType.WRITE_MSR)],
         (MessageType.GET_REGISTERS, 0, b"x"),
         *[(kind, size, b"") for kind in (MessageType.READ_VIRTUAL, MessageType.READ_PHYSICAL) for size in (0, 4097, 0xFFFFFFFF)],
         *[(kind, 1, b"x") for kind in (MessageType.READ_VIRTUAL, MessageType.READ_PHYSICAL)],

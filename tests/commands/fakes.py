@@ -23,6 +23,8 @@ from vmexit.link.wire import Access, Action, Capability, RecordFlag, Stage, Stat
 from vmexit.targets.base import Notice, NoticeKind, OnlyLooks, Untrappable
 
 PAGE = 0x1000
+FULL_MSR, WRITE_ONLY_MSR = 0x200, 0x49
+"""One that takes no value, and one that cannot be read."""
 EVERYTHING = Capability(sum(Capability))
 
 
@@ -113,6 +115,9 @@ class FakeLink:
         self.decided: list[tuple[int, bool]] = []
         self.values = [dict.fromkeys(range(wire.REGISTERS), 0) for _ in range(target.vcpus)]
         self.pages: dict[tuple[bool, int], bytes] = {}
+        known = {0xC0000080: 0x500, 0xC0000082: 0xFFFFFFFF81A00080, 0xC0000103: 0}
+        self.msrs = {(core, msr): value for core in range(target.vcpus) for msr, value in known.items()}
+        """By core and MSR."""
 
     def fileno(self) -> int:
         return self.rings.wake_fd
@@ -154,6 +159,20 @@ class FakeLink:
     def set_register(self, vcpu: int, number: int, value: int) -> None:
         self._check_halted()
         self.values[vcpu][number] = value
+
+    def read_msr(self, vcpu: int, msr: int) -> int:
+        self._check_halted()
+        if (vcpu, msr) not in self.msrs:
+            raise RequestError(Status.NO_MSR)
+        return self.msrs[vcpu, msr]
+
+    def write_msr(self, vcpu: int, msr: int, value: int) -> None:
+        self._check_halted()
+        if msr == FULL_MSR:
+            raise RequestError(Status.NO_VALUE)
+        if msr != WRITE_ONLY_MSR:
+            self.read_msr(vcpu, msr)
+            self.msrs[vcpu, msr] = value
 
     def read_memory(self, vcpu: int, address: int, length: int, *, physical: bool = False) -> bytes:
         self._check_halted()

@@ -8,7 +8,9 @@ import pytest
 
 from tests.commands.fakes import EVERYTHING, Typist
 from vmexit.events.event import Event
+from vmexit.events.filters import ValueFilter
 from vmexit.events.msrs import LAST_MSR, UNNAMED_READS, UNNAMED_WRITES, MsrSet
+from vmexit.link import wire
 from vmexit.link.wire import Access, Action, Capability, Stage
 from vmexit.targets.base import Untrappable
 
@@ -77,6 +79,32 @@ def test_options_in_any_order_and_letter_case(typist: Typist, line: str, expecte
         return
     event = made(typist, line)
     assert same(event, msrs=MsrSet.of(0xC0000082), text=line.strip(), **expected)
+
+
+@pytest.mark.parametrize(
+    ("rest", "expected", "told"),
+    [
+        ("value 0n16", ValueFilter(value=16), "value 10"),
+        ("MASK 1 VALUE 0", ValueFilter(value=0, mask=1), "value 0 in 1"),
+        ("value 1 log mask ff core 1 value 3", ValueFilter(value=3, mask=0xFF), "core 1, value 3 in ff"),
+        ("changed", ValueFilter(changed=True), "what changes"),
+        ("Changed mask 100", ValueFilter(mask=0x100, changed=True), "what changes in 100"),
+        ("value 1`0 changed", ValueFilter(value=0x10, changed=True), "what changes, value 10"),
+        ("value ffffffffffffffff", ValueFilter(value=(1 << 64) - 1), "value ffffffffffffffff"),
+    ],
+)
+def test_filters_by_value(typist: Typist, rest: str, expected: ValueFilter, told: str) -> None:
+    event = made(typist, f"!msrwrite efer,star {rest}")
+    assert event.filter == expected
+    assert f", {told})" in typist.shown[0]
+    lowered = wire.unpack("event", typist.link.events[-1])
+    assert {name: getattr(lowered, name) for name in ("value", "mask", "changes")} == expected.wire()
+
+
+def test_lists_and_ranges_with_filters(typist: Typist) -> None:
+    event = made(typist, "!msrwrite lstar,fmask changed")
+    assert event.msrs == MsrSet.of(0xC0000082, 0xC0000084)
+    assert made(typist, "!msrread 200-20f value 6 mask f stage post").msrs == MsrSet.of_ranges([(0x200, 0x20F)])
 
 
 def test_values_and_keywords_may_be_quoted_as_in_hyperdbg(typist: Typist) -> None:
@@ -288,6 +316,15 @@ def test_what_is_not_available_yet(typist: Typist, rest: str, marked: str) -> No
         ("output {a,,b}", "a name is missing between the commas", "{a,,b}"),
         ("output {a,b,c,d,e,f}", "an event has 5 outputs at most, not 6", "{a,b,c,d,e,f}"),
         ("asm", "'asm' stands before 'code' or 'condition'", "asm"),
+        ("value", "a value for 'value' is missing (value NUMBER)", ""),
+        ("value x", "'x' is no value of an MSR", "x"),
+        ("mask 0n18446744073709551616 value 1", "'0n18446744073709551616' is no mask of an MSR's bits", "0n18446744073709551616"),
+        ("mask 1 stage post", "'mask' says which bits 'value' or 'changed' looks at", "mask 1"),
+        ("mask 0 value 0 stage post", "a mask of 0 looks at no bit at all", "mask 0"),
+        ("mask 1 value 2 stage post", "2 has bits that the mask 1 leaves out: it would never be met", "value 2"),
+        ("value 2", "before a read there is no value to compare; 'stage post' has one", "value 2"),
+        ("value 2 stage all", "before a read there is no value to compare; 'stage post' has one", "value 2"),
+        ("changed stage post", "'changed' is for writes: a read changes nothing", "changed"),
         ("script {x} stage past", "'past' is no value of 'stage'", "past"),
         ("pid 4 zz", "'zz' is neither an MSR nor an option", "zz"),
     ],

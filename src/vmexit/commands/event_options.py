@@ -297,6 +297,8 @@ def complete(session: Session, before: Sequence[str]) -> Iterable[str]:
         return [f"{core:x}" for core in range(session.debugger.target.vcpus)]
     if last == "pid":
         return ["all"]
+    if last in (*_NUMBERS, *_VALUES):
+        return ()
     return [option for option in OFFERED if option not in before]
 
 

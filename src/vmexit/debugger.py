@@ -11,22 +11,23 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Unpack
 
 import numpy as np
 
 from vmexit.errors import LinkError, TargetError, VmexitError
 from vmexit.events.event import Callback, Event
-from vmexit.events.filters import ValueFilter
-from vmexit.events.msrs import UNNAMED_READS, UNNAMED_WRITES, MsrSet
 from vmexit.events.table import EventTable
 from vmexit.guest.disassembly import Mode, mode_of
+from vmexit.guest.linux.recipe import Recipe
+from vmexit.hooks import HookOptions, Msr, make_event
 from vmexit.link.client import RequestError
 from vmexit.link.rings import Records, are_alike
-from vmexit.link.wire import Access, Action, Stage, Status
-from vmexit.msr import address_of
+from vmexit.link.wire import Access, Action, Status
 from vmexit.prints import Printed, printed
+from vmexit.processes import ThreadNames
 from vmexit.program import Program, check
-from vmexit.recording import Recording, Summary
+from vmexit.recording import Summary
 from vmexit.script.compile import CompiledScript, Compiler
 from vmexit.script.runtime import DEFAULT_STACK, DEFAULT_STEPS, Runtime, check_limits
 from vmexit.targets.base import Notice, NoticeKind, Target
@@ -39,7 +40,6 @@ _SPIN_S = 0.0005
 _RECORD = int(Action.RECORD)  # an operation on plain numbers takes a tenth of the time
 _TEXT = int(Action.PRINT | Action.FAULT)
 _NOTICES_S = 0.01
-_KEPT = 200_000
 
 
 class State(enum.Enum):
@@ -128,6 +128,10 @@ class Debugger:
         self.script_steps = DEFAULT_STEPS
         self.script_stack = DEFAULT_STACK
         """What a run may take; see set_script_limits."""
+        self.attached: int | None = None
+        """The process that events are about which are made without naming one; None: all of them."""
+        self.thread_names = ThreadNames()
+        """Of the guest's threads that traps have named."""
         self.started_ns: int | None = None
         """When the machine first ran, by the clock of Trap.time_ns; None: it has not."""
         self.overflow = Overflow.DROP if target.only_looks else Overflow.WAIT
@@ -189,90 +193,16 @@ class Debugger:
         target = self.target
         check(event, target.link.capabilities, target.vcpus, target.name, target.untrappable, target.only_looks)
 
-    def on_msr_write(
-        self,
-        msr: int | str | range | None = None,
-        callback: Callback | None = None,
-        *,
-        core: int | None = None,
-        stage: Stage = Stage.PRE,
-        value: int | None = None,
-        mask: int | None = None,
-        changed: bool = False,
-        script: str | CompiledScript | None = None,
-        short_circuit: bool = False,
-        immediate: bool = False,
-        keep: int = _KEPT,
-    ) -> Event:
-        """Traps WRMSR: calls ``callback`` with each, runs ``script`` at each, or both; else records it.
+    def on_msr_write(self, msr: Msr = None, callback: Callback | None = None, **options: Unpack[HookOptions]) -> Event:
+        """Traps WRMSR: calls ``callback`` with each, runs a script at each, or both; else records it (hooks.HookOptions).
 
-        ``msr``: one address, a name ("LSTAR"), a range of addresses, or None for all but those that are written all the time
-        (events.msrs). ``core``: a vCPU's index, None for all. ``value``: only writes of it; ``mask``: the bits of it that count;
-        ``changed``: only what differs, in these bits, from what the MSR holds (all three: events.filters). ``script``: text of
-        the script language, which runs in the vCPU's thread, before the callback; what it prints goes to ``print_listeners``.
-        ``keep``: so many of the newest records stay in ``event.recording``; none with a callback or script. Raises VmexitError
-        where it cannot be, ScriptError (one of these) for a script that does not compile.
+        Raises VmexitError where it cannot be, ScriptError (one of these) for a script that does not compile.
         """
-        wanted = ValueFilter.of(value, mask, changed)
-        return self._on_access(Access.WRMSR, msr, callback, core, stage, wanted, script, short_circuit, immediate, keep)
+        return self.add(make_event(self, Access.WRMSR, msr, callback, options))
 
-    def on_msr_read(
-        self,
-        msr: int | str | range | None = None,
-        callback: Callback | None = None,
-        *,
-        core: int | None = None,
-        stage: Stage = Stage.PRE,
-        value: int | None = None,
-        mask: int | None = None,
-        script: str | CompiledScript | None = None,
-        short_circuit: bool = False,
-        immediate: bool = False,
-        keep: int = _KEPT,
-    ) -> Event:
+    def on_msr_read(self, msr: Msr = None, callback: Callback | None = None, **options: Unpack[HookOptions]) -> Event:
         """Traps RDMSR; as on_msr_write. What was read is to be seen, and changed, in Stage.POST."""
-        wanted = ValueFilter.of(value, mask, False)
-        return self._on_access(Access.RDMSR, msr, callback, core, stage, wanted, script, short_circuit, immediate, keep)
-
-    def _on_access(
-        self,
-        access: Access,
-        msr: int | str | range | None,
-        callback: Callback | None,
-        core: int | None,
-        stage: Stage,
-        wanted: ValueFilter | None,
-        script: str | CompiledScript | None,
-        short_circuit: bool,
-        immediate: bool,
-        keep: int,
-    ) -> Event:
-        if isinstance(script, str):
-            script = self.compiler.compile(script)
-        action = (Action.ASK if callback else Action(0)) | (Action.SCRIPT if script else Action(0))
-        if msr is None:
-            noise = self.target.only_looks.noise if self.target.only_looks else ()
-            msrs = MsrSet.all_but((*(UNNAMED_WRITES if access == Access.WRMSR else UNNAMED_READS), *noise))
-        elif isinstance(msr, int | str):
-            msrs = MsrSet.of(msr if isinstance(msr, int) else address_of(msr))
-        else:
-            msrs = MsrSet.of_ranges([(msr.start, msr.stop - 1)]) if msr.step == 1 else MsrSet.of(*msr)
-        return self.add(
-            Event(
-                access=access,
-                msrs=msrs,
-                stage=stage,
-                core=core,
-                action=action or Action.RECORD,
-                callback=callback,
-                script=script,
-                filter=wanted,
-                short_circuit=short_circuit,
-                immediate=immediate,
-                text=f"on_msr_{'write' if access == Access.WRMSR else 'read'}({msrs})",
-                recording=None if action else Recording(keep),
-            )
-        )
+        return self.add(make_event(self, Access.RDMSR, msr, callback, options))
 
     def enable(self, event: Event, enabled: bool = True) -> None:
         """Enables or disables an event, from the next instruction on."""
@@ -366,6 +296,17 @@ class Debugger:
         if self._evaluating is None:
             self._evaluating = Runtime()
         return self._evaluating
+
+    @property
+    def knows_processes(self) -> bool:
+        """Whether traps can tell which process of the guest executes them; until then events about one process wait."""
+        return self._program.knows_processes or (self.target.only_looks is not None and self.target.only_looks.names_processes)
+
+    def set_recipe(self, recipe: Recipe | None) -> None:
+        """Says how to find the guest's current thread at a trap, or that this is not known any more (guest_view does)."""
+        with self.lock:
+            if self.state != State.ENDED and self.target.only_looks is None:
+                self._program.set_recipe(recipe)
 
     def sync_events(self) -> None:
         """Takes over what scripts have made of the events (event_enable, event_disable, event_clear); ``pump`` does so, too."""
@@ -649,6 +590,9 @@ class Debugger:
         """Deals with records of one action; ``alike``: they are known to be (are_alike)."""
         if action & _TEXT:
             self._print(records)
+            return
+        if action == Action.NAME:
+            self.thread_names.learn(records, self._rings)
             return
         self.summary.add(records, alike=alike)
         if action == _RECORD:

@@ -41,7 +41,7 @@ struct cpu {
     pid_t thread;
     bool passed; /* its thread has come through our ioctl */
     bool busy; /* its thread is in our ioctl, and is not halted there */
-    bool syncs_regs; /* kvm_run.kvm_valid_regs says so because we want it */
+    uint64_t synced; /* what kvm_run.kvm_valid_regs says because we want it */
     int wake; /* an eventfd: the machine runs on */
     /* Registers that are changed when the vCPU enters the guest, and not before: its exit may be unfinished, and its VMM may set all
      * registers anew. A bit each; under kvm_lock. */
@@ -60,6 +60,8 @@ extern struct vm {
     int fd; /* the VMM's; -1: none yet */
     uint32_t run_bytes; /* of struct kvm_run, as mapped */
     bool has_sync_regs;
+    bool has_sync_sregs;
+    bool syncs_sregs; /* events ask for processes */
     bool is_armed; /* events want MSRs */
     bool is_parked; /* vCPUs do not enter the guest: where the agent itself halts the machine */
     unsigned count;
@@ -136,6 +138,16 @@ bool access_peek_msr(struct cpu *cpu, uint32_t msr, uint64_t *value);
 int access_write_msr(struct cpu *cpu, uint32_t msr, uint64_t value);
 /* As state_apply, which calls it. */
 void access_apply(struct cpu *cpu);
+/* Where a page of physical memory is in this process; null where it cannot be read there. */
+const uint8_t *state_find_page(uint64_t physical);
+
+/* ---- kvm_task.c: the door's functions for the way to the current thread (core.h) ---- */
+
+/* msrs_want, and what these events need beside. */
+int task_set_events(const struct vmexit_event *events, size_t count);
+bool task_get_registers(unsigned vcpu, struct task_registers *registers);
+bool task_get_kernel_gs_base(unsigned vcpu, uint64_t *base);
+bool task_read_physical(uint64_t physical, void *bytes, uint32_t length);
 
 /* ---- kvm_halt.c: halting the machine ---- */
 

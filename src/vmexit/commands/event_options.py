@@ -10,6 +10,7 @@ from vmexit.commands import event_code
 from vmexit.commands.command import Arguments, one_of
 from vmexit.commands.session import Session
 from vmexit.console.tokens import U64_MAX, Token, TokenKind
+from vmexit.debugger import State
 from vmexit.errors import CommandError
 from vmexit.events.event import Event, EventError
 from vmexit.events.filters import FilterError, ValueFilter
@@ -65,8 +66,9 @@ PARAMETERS = (
     ),
     (
         "pid PID|all",
-        "Only this process, all its threads; as every number PID is hexadecimal, 0n1234 is decimal. So far only of the live host "
-        "('vmexit host').",
+        "Only this process of the guest's (of the host's with 'vmexit host'), all its threads; as every number PID is "
+        "hexadecimal, 0n1234 is decimal. Until the guest's processes are known the event waits. Without it the event is about "
+        "the process that '.attach' has named, if any; 'all' means all of them even then.",
     ),
     (
         "script { SCRIPT }",
@@ -96,7 +98,8 @@ class EventOptions:
 
     core: int | None = None
     process: int | None = None
-    """Of the host."""
+    all_processes: bool = False
+    """'pid all': also where a process is attached."""
     value: int | None = None
     mask: int | None = None
     changed: bool = False
@@ -179,7 +182,7 @@ class _Parser:
             case "stage":
                 self._found.stage = _STAGES[self._choice(option, value)]
             case "pid" if value.lower == "all":
-                pass
+                self._found.process, self._found.all_processes = None, True
             case "value":
                 self._found.value = self._arguments.number(value, "value of an MSR", U64_MAX)
             case "mask":
@@ -189,7 +192,7 @@ class _Parser:
                 if option == "core":
                     self._found.core = number
                 elif option == "pid":
-                    self._found.process = number
+                    self._found.process, self._found.all_processes = number, False
                 elif option == "buffer":
                     self._found.buffer = number
                 else:
@@ -238,8 +241,10 @@ class _Parser:
 def fit(session: Session, options: EventOptions) -> tuple[int, ...]:
     """Makes the stage, where none was named, the only one that a target has that merely looks on.
 
-    Gives the MSRs that are left out there besides, where none is named.
+    Gives the MSRs that are left out there besides, where none is named. An event that names no process is about the attached one.
     """
+    if options.process is None and not options.all_processes:
+        options.process = session.debugger.attached
     looks = session.debugger.target.only_looks
     if looks is None:
         return ()
@@ -282,6 +287,8 @@ def make(session: Session, arguments: Arguments, options: EventOptions, event: E
                 option = next(iter(options.machine_code), "buffer")
                 raise EventError(option, f"'{option}' is not possible here: {looks.reason}")
             event_code.attach(session, arguments, options, event)
+        if event.process is not None and not session.debugger.knows_processes and session.debugger.state is State.HALTED:
+            session.guest.known  # noqa: B018 - the processes are known with the guest
         return session.debugger.add(event)
     except EventError as error:
         first, last = options.places.get(error.option, (arguments.command, arguments.command))
@@ -316,7 +323,7 @@ def description(options: EventOptions) -> str:
     stage = next(name for name, stage in _STAGES.items() if stage == options.stage)
     parts = [f"stage {stage}", "all cores" if options.core is None else f"core {options.core:x}"]
     if options.process is not None:
-        parts.append(f"process {options.process}")
+        parts.append(f"process {options.process:x}")
     if options.changed:
         parts.append("what changes" if options.mask is None else f"what changes in {options.mask:x}")
     if options.value is not None:

@@ -41,6 +41,8 @@ class Action(enum.IntFlag):
     """Only of a record: a script has printed."""
     FAULT = constant("FAULT")
     """Only of a record: a script's run was ended."""
+    NAME = constant("NAME")
+    """Only of a record: the name of a thread of the guest."""
 
 
 class EventFlag(enum.IntFlag):
@@ -49,6 +51,7 @@ class EventFlag(enum.IntFlag):
     ENABLED = constant("ENABLED")
     SHORT_CIRCUIT = constant("SHORT_CIRCUIT")
     IMMEDIATE = constant("IMMEDIATE")
+    WITH_PROCESS = constant("WITH_PROCESS")
 
 
 class RecordFlag(enum.IntFlag):
@@ -56,12 +59,14 @@ class RecordFlag(enum.IntFlag):
 
     ``SKIPPED``: the event that left the record short-circuits the instruction. ``INTERRUPTED``: the machine took an interrupt
     between the instruction and its post stage, so RIP, RSP and RFLAGS are those of the interrupt's handler. ``FAULTED``: the
-    access was refused (#GP), which only a tracepoint tells of.
+    access was refused (#GP), which only a tracepoint tells of. ``PROCESS_KNOWN``: its process and thread are those that the guest
+    executed.
     """
 
     SKIPPED = constant("SKIPPED")
     INTERRUPTED = constant("INTERRUPTED")
     FAULTED = constant("FAULTED")
+    PROCESS_KNOWN = constant("PROCESS_KNOWN")
 
 
 class Capability(enum.IntFlag):
@@ -98,6 +103,7 @@ class MessageType(enum.IntEnum):
     SCRIPT_LIMITS = constant("SCRIPT_LIMITS")
     READ_MSR = constant("READ_MSR")
     WRITE_MSR = constant("WRITE_MSR")
+    SET_RECIPE = constant("SET_RECIPE")
     HALT = constant("HALT")
     VCPU = constant("VCPU")
     MACHINE = constant("MACHINE")
@@ -150,13 +156,16 @@ def size(struct: str) -> int:
 
 
 def dtype(struct: str) -> np.dtype[np.void]:
-    """The numpy type of ``struct vmexit_<struct>``; of its integer fields (arrays are padding there)."""
+    """The numpy type of ``struct vmexit_<struct>``; of its integer fields (arrays are padding there), unions included."""
     names, formats, offsets = [], [], []
-    for name, field in ffi.typeof(f"struct vmexit_{struct}").fields:
-        if field.type.kind == "primitive" and name != "reserved":
-            names.append(name)
-            formats.append(f"<u{ffi.sizeof(field.type)}")
-            offsets.append(field.offset)
+    fields = ffi.typeof(f"struct vmexit_{struct}").fields
+    unions = [(field.offset, field.type.fields) for _, field in fields if field.type.kind == "union"]
+    for start, within in [(0, fields), *unions]:
+        for name, field in within:
+            if field.type.kind == "primitive" and name != "reserved":
+                names.append(name)
+                formats.append(f"<u{ffi.sizeof(field.type)}")
+                offsets.append(start + field.offset)
     return np.dtype({"names": names, "formats": formats, "offsets": offsets, "itemsize": size(struct)})
 
 

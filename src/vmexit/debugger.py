@@ -29,13 +29,14 @@ from vmexit.recording import Recording, Summary
 from vmexit.script.compile import CompiledScript, Compiler
 from vmexit.script.runtime import DEFAULT_STACK, DEFAULT_STEPS, Runtime, check_limits
 from vmexit.targets.base import Notice, NoticeKind, Target
-from vmexit.trap import LiveTrap, Registers, Trap, traps_of
+from vmexit.trap import LiveTrap, Registers, Trap, first_questions, traps_of
 
 # How long the debugger sleeps when nothing calls it: records that need not be seen at once wait no longer than this.
 _POLL_S = 0.05
 _HALT_S = 20.0
 _SPIN_S = 0.0005
 _RECORD = int(Action.RECORD)  # an operation on plain numbers takes a tenth of the time
+_ASK = int(Action.ASK)
 _TEXT = int(Action.PRINT | Action.FAULT)
 _NOTICES_S = 0.01
 _KEPT = 200_000
@@ -89,6 +90,26 @@ PrintListener = Callable[[Printed], None]
 """Gets what scripts print, and why a run of one was ended."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Does:
+    """What an event does, as a program gives it (Debugger.on_msr_write)."""
+
+    callback: Callback | None
+    script: str | CompiledScript | None
+    condition: bytes | str | None
+    code: bytes | str | None
+    buffer: int | None
+
+    def attach_code(self, debugger: Debugger, event: Event) -> None:
+        """Gives the event its machine code, if it has any."""
+        if self.condition is None and self.code is None and self.buffer is None:
+            return
+        # Unicorn takes a moment to load, which a debugger without machine code does not need.
+        from vmexit.coded import UserCode, attach, machine_code
+
+        attach(debugger, UserCode(machine_code(self.condition), machine_code(self.code), self.buffer), event)
+
+
 def _runs(records: Records) -> Iterator[Records]:
     """The records in pieces, each of records in a row that have the same action."""
     ends = np.flatnonzero(records["action"][1:] != records["action"][:-1]) + 1
@@ -125,6 +146,8 @@ class Debugger:
         self.script_steps = DEFAULT_STEPS
         self.script_stack = DEFAULT_STACK
         """What a run may take; see set_script_limits."""
+        self.code_failures = 16
+        """So many runs of an event's machine code that fail in a row disable it; 0: none do."""
         self.started_ns: int | None = None
         """When the machine first ran, by the clock of Trap.time_ns; None: it has not."""
         self.overflow = Overflow.DROP if target.only_looks else Overflow.WAIT
@@ -189,19 +212,25 @@ class Debugger:
         core: int | None = None,
         stage: Stage = Stage.PRE,
         script: str | CompiledScript | None = None,
+        condition: bytes | str | None = None,
+        code: bytes | str | None = None,
+        buffer: int | None = None,
         short_circuit: bool = False,
         immediate: bool = False,
         keep: int = _KEPT,
     ) -> Event:
-        """Traps WRMSR: calls ``callback`` with each, runs ``script`` at each, or both; else records it.
+        """Traps WRMSR: calls ``callback`` with each, runs ``script`` or ``code`` at each, or all of it; else records it.
 
         ``msr``: one address, a name ("LSTAR"), a range of addresses, or None for all but those that are written all the time
         (events.msrs). ``core``: a vCPU's index, None for all. ``script``: text of the script language, which runs in the
-        vCPU's thread, before the callback; what it prints goes to ``print_listeners``. ``keep``: so many of the newest records
-        stay in ``event.recording``; none with a callback or script. Raises VmexitError where it cannot be, ScriptError (one of
-        these) for a script that does not compile.
+        vCPU's thread, before the callback; what it prints goes to ``print_listeners``. ``condition``, ``code``: x86-64 machine
+        code, or assembly (str), that decides whether the event does anything, and that runs behind the script and before the
+        callback; ``buffer``: so many bytes for both and for ``$buffer`` (``event.buffer``). ``keep``: so many of the newest
+        records stay in ``event.recording``; none with a callback, script or code. Raises VmexitError where it cannot be,
+        ScriptError and CodeError (two of these) for text that is no script or no code.
         """
-        return self._on_access(Access.WRMSR, msr, callback, core, stage, script, short_circuit, immediate, keep)
+        does = _Does(callback, script, condition, code, buffer)
+        return self._on_access(Access.WRMSR, msr, does, core, stage, short_circuit, immediate, keep)
 
     def on_msr_read(
         self,
@@ -211,28 +240,31 @@ class Debugger:
         core: int | None = None,
         stage: Stage = Stage.PRE,
         script: str | CompiledScript | None = None,
+        condition: bytes | str | None = None,
+        code: bytes | str | None = None,
+        buffer: int | None = None,
         short_circuit: bool = False,
         immediate: bool = False,
         keep: int = _KEPT,
     ) -> Event:
         """Traps RDMSR; as on_msr_write. What was read is to be seen, and changed, in Stage.POST."""
-        return self._on_access(Access.RDMSR, msr, callback, core, stage, script, short_circuit, immediate, keep)
+        does = _Does(callback, script, condition, code, buffer)
+        return self._on_access(Access.RDMSR, msr, does, core, stage, short_circuit, immediate, keep)
 
     def _on_access(
         self,
         access: Access,
         msr: int | str | range | None,
-        callback: Callback | None,
+        does: _Does,
         core: int | None,
         stage: Stage,
-        script: str | CompiledScript | None,
         short_circuit: bool,
         immediate: bool,
         keep: int,
     ) -> Event:
-        if isinstance(script, str):
-            script = self.compiler.compile(script)
-        action = (Action.ASK if callback else Action(0)) | (Action.SCRIPT if script else Action(0))
+        script = self.compiler.compile(does.script) if isinstance(does.script, str) else does.script
+        action = (Action.ASK if does.callback else Action(0)) | (Action.SCRIPT if script else Action(0))
+        is_recorded = not action and does.code is None
         if msr is None:
             noise = self.target.only_looks.noise if self.target.only_looks else ()
             msrs = MsrSet.all_but((*(UNNAMED_WRITES if access == Access.WRMSR else UNNAMED_READS), *noise))
@@ -240,21 +272,22 @@ class Debugger:
             msrs = MsrSet.of(msr if isinstance(msr, int) else address_of(msr))
         else:
             msrs = MsrSet.of_ranges([(msr.start, msr.stop - 1)]) if msr.step == 1 else MsrSet.of(*msr)
-        return self.add(
-            Event(
-                access=access,
-                msrs=msrs,
-                stage=stage,
-                core=core,
-                action=action or Action.RECORD,
-                callback=callback,
-                script=script,
-                short_circuit=short_circuit,
-                immediate=immediate,
-                text=f"on_msr_{'write' if access == Access.WRMSR else 'read'}({msrs})",
-                recording=None if action else Recording(keep),
-            )
+        event = Event(
+            access=access,
+            msrs=msrs,
+            stage=stage,
+            core=core,
+            action=Action.RECORD if is_recorded else action,
+            callback=does.callback,
+            script=script,
+            short_circuit=short_circuit,
+            immediate=immediate,
+            text=f"on_msr_{'write' if access == Access.WRMSR else 'read'}({msrs})",
+            recording=Recording(keep) if is_recorded else None,
         )
+        event.check()
+        does.attach_code(self, event)
+        return self.add(event)
 
     def enable(self, event: Event, enabled: bool = True) -> None:
         """Enables or disables an event, from the next instruction on."""
@@ -598,20 +631,24 @@ class Debugger:
         if action & _TEXT:
             self._print(records)
             return
-        self.summary.add(records)
+        self.summary.add(records if action != _ASK else first_questions(records))
         if action == _RECORD:
-            self._keep(records)
-            for listener in list(self.record_listeners):
-                with self._keeping_errors():
-                    listener(records)
-            if self.listeners:
-                self._tell(list(traps_of(records)))
+            self.tell_records(records)
             return
         for trap in traps_of(records):
             if action == Action.ASK:
                 self._ask(trap)
             else:
                 self._breaks.append(trap)
+
+    def tell_records(self, records: Records) -> None:
+        """Keeps records of events, and hands them to all who listen."""
+        self._keep(records)
+        for listener in list(self.record_listeners):
+            with self._keeping_errors():
+                listener(records)
+        if self.listeners:
+            self._tell(list(traps_of(records)))
 
     def _print(self, records: Records) -> None:
         for text in printed(records, self._rings, self._program.scripts):
@@ -646,15 +683,16 @@ class Debugger:
         values = self._rings.question_registers(trap.core)
         live = LiveTrap(trap, values.copy(), self)
         event = self.events.get(trap.event)
-        changed, skip, halt = 0, trap.skipped, False
+        changed, skip, halt, script, again = 0, trap.skipped, False, False, False
         # After an exception the rest of the batch is answered without asking: the vCPUs wait.
         if event is not None and event.callback is not None and self._error is None:
             try:
                 event.callback(live)
                 changed, skip, halt, values = live.changed, live.short_circuit, live.halting, live.values
+                script, again = live.runs_script, live.asks_again
             except BaseException as error:
                 self._error, halt = error, True
-        self._rings.answer(trap.core, trap.sequence, values, changed, skip, halt)
+        self._rings.answer(trap.core, trap.sequence, values, changed, skip, halt, script, again)
         self._answered = True
 
     # ---- stops ----

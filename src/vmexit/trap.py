@@ -17,6 +17,7 @@ _STAGE = {int(stage): stage for stage in Stage}
 _ACTION = {int(action): action for action in Action}
 _SKIPPED = {flags for flags in map(RecordFlag, range(int(~RecordFlag(0)) + 1)) if RecordFlag.SKIPPED in flags}
 _FLAGS = [RecordFlag(flags) for flags in range(int(~RecordFlag(0)) + 1)]
+_AGAIN = int(RecordFlag.AGAIN)
 _MASK32, _MASK64 = 0xFFFF_FFFF, 0xFFFF_FFFF_FFFF_FFFF
 _RAX, _RCX, _RDX = constant("RAX"), constant("RCX"), constant("RDX")
 
@@ -91,6 +92,14 @@ def record_of(trap: Trap) -> Records:
     return record
 
 
+def first_questions(records: Records) -> Records:
+    """Of questions those that are not the second one of their event at their trap."""
+    # Mostly there is one, and for one numpy is slow.
+    if len(records) == 1:
+        return records[:0] if int(records["flags"][0]) & _AGAIN else records
+    return records[(records["flags"] & _AGAIN) == 0]
+
+
 class Memory(Protocol):
     """Guest memory as one vCPU sees it."""
 
@@ -143,6 +152,10 @@ class LiveTrap:
         """Bit n set: values[n] is not what the guest had."""
         self.short_circuit = trap.skipped
         self.halting = False
+        self.runs_script = False
+        """The event's script is to be run once the callback has returned; only with Event.asks_first."""
+        self.asks_again = False
+        """Then the callback is to be called once more (RecordFlag.AGAIN); only with Event.asks_first."""
         self._registers: Registers | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -152,7 +165,8 @@ class LiveTrap:
         self.values[number] = value
         self.changed |= 1 << number
 
-    def _set(self, number: int, value: int) -> None:
+    def change(self, number: int, value: int) -> None:
+        """Gives the guest another value of one of the wire's registers that are in ``values``."""
         self._write(number, value)
         self._registers = None  # it has the old value
 
@@ -192,7 +206,7 @@ class LiveTrap:
     def msr(self, msr: int) -> None:
         if not 0 <= msr <= 0xFFFF_FFFF:
             raise ValueError(f"an MSR is a number from 0 to ffffffffh, not {msr:#x}")
-        self._set(_RCX, msr)
+        self.change(_RCX, msr)
 
     @property
     def value(self) -> int:
@@ -203,8 +217,8 @@ class LiveTrap:
     def value(self, value: int) -> None:
         if not 0 <= value <= _MASK64:
             raise ValueError(f"an MSR holds 64 bits; {value:#x} is no such value")
-        self._set(_RAX, value & _MASK32)
-        self._set(_RDX, value >> 32)
+        self.change(_RAX, value & _MASK32)
+        self.change(_RDX, value >> 32)
 
     def skip(self) -> None:
         """Short-circuits the instruction: it is not executed, the guest goes on behind it. Only in stage pre (VmexitError)."""

@@ -76,6 +76,7 @@ def event(
     enabled: bool = True,
     core: int = wire.ALL_CORES,
     script: int = 0,
+    condition: int = 0,
 ) -> bytes:
     """A packed event; without ranges it is about every MSR."""
     ranges = ranges or ((0, 0xFFFF_FFFF),)
@@ -89,6 +90,7 @@ def event(
         flags=int(flags | (EventFlag.ENABLED if enabled else 0)),
         core=core,
         script=script,
+        condition=condition,
         range_count=len(ranges),
         ranges=[{"first": first, "last": last} for first, last in ranges],
     )

@@ -18,6 +18,7 @@
 #define VMEXIT_MAX_EVENTS 256
 #define VMEXIT_MAX_RANGES 16
 #define VMEXIT_MAX_TRANSFER 4096
+#define VMEXIT_MAX_BUFFER 0x1000000 /* bytes of an event's buffer */
 #define VMEXIT_ALL_CORES 0xffffffff
 #define VMEXIT_ALL_PROCESSES 0xffffffff
 
@@ -42,11 +43,13 @@
 #define VMEXIT_ENABLED 1
 #define VMEXIT_SHORT_CIRCUIT 2
 #define VMEXIT_IMMEDIATE 4
+#define VMEXIT_ASK_FIRST 8 /* with VMEXIT_ASK: before the script, which runs if the answer says so; it decides on short-circuiting, too */
 
 /* vmexit_record.flags */
 #define VMEXIT_SKIPPED 1
 #define VMEXIT_INTERRUPTED 2
 #define VMEXIT_FAULTED 4 /* the processor or KVM refused the access (#GP); only tracepoints tell of such, an agent has no post stage then */
+#define VMEXIT_AGAIN 8 /* the event's second question at this trap, which the answer to the first one has asked for */
 
 /* vmexit_ring.waiting */
 #define VMEXIT_WAITS_FOR_ROOM 1
@@ -107,6 +110,7 @@ struct vmexit_event {
     uint32_t core; /* a vCPU's index or VMEXIT_ALL_CORES */
     uint32_t range_count;
     uint32_t script; /* what VMEXIT_SCRIPT runs: the number that it was added with (VMEXIT_ADD_SCRIPT); else 0 */
+    uint32_t condition; /* a script that runs first: the event acts if that leaves RAX other than 0, and nothing else of it stays; or 0 */
     uint32_t process; /* of the host, or VMEXIT_ALL_PROCESSES; only targets that merely look on know any other, no agent does */
     struct vmexit_range ranges[VMEXIT_MAX_RANGES];
 };
@@ -146,7 +150,8 @@ struct vmexit_question {
     uint32_t changed; /* answer: bit n = the debugger changed registers[n] */
     uint8_t skip; /* answer: 0 or 1, the short-circuit state from here on */
     uint8_t halt; /* answer: 1 = halt the machine here, as VMEXIT_BREAK does */
-    uint8_t reserved[2];
+    uint8_t script; /* answer, with VMEXIT_ASK_FIRST: 1 = run the event's script now */
+    uint8_t again; /* answer, with VMEXIT_ASK_FIRST: 1 = then ask again */
 };
 
 struct vmexit_ring {
@@ -200,7 +205,7 @@ struct vmexit_shared {
 #define VMEXIT_READ_PHYSICAL 9
 #define VMEXIT_WRITE_VIRTUAL 10 /* vcpu, address, bytes behind the header */
 #define VMEXIT_WRITE_PHYSICAL 11
-#define VMEXIT_ADD_SCRIPT 12 /* struct vmexit_script_file, the file attached; forgotten unless the next VMEXIT_EVENTS names it */
+#define VMEXIT_ADD_SCRIPT 12 /* struct vmexit_script_file, the file (and that of $buffer) attached; forgotten unless the next VMEXIT_EVENTS names it */
 #define VMEXIT_SCRIPT_LIMITS 13 /* address = steps, argument = bytes of the native stack that a run may take */
 #define VMEXIT_HALT 32 /* argument 1: halt the machine; 0: let it run. VMEXIT_MACHINE follows when it does */
 /* Notices of the agent, with serial 0. */
@@ -235,6 +240,7 @@ struct vmexit_script_file {
     uint32_t entry; /* offset in the code */
     uint32_t code_size; /* in bytes */
     uint32_t constants_size;
+    uint32_t buffer_size; /* of $buffer, whose file, sealed against shrinking, is attached too; 0: there is none */
 };
 
 struct vmexit_hello {

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vmexit.recording import Recording
     from vmexit.script.compile import CompiledScript
     from vmexit.trap import LiveTrap
+    from vmexit.usercode.buffer import Buffer
 
 Callback = Callable[["LiveTrap"], None]
 
@@ -42,6 +43,12 @@ class Event:
     """What Action.ASK calls."""
     script: CompiledScript | None = field(default=None, repr=False)
     """What Action.SCRIPT runs, in the vCPU's thread."""
+    condition: CompiledScript | None = field(default=None, repr=False)
+    """What decides, there too, whether the event does anything: whether it leaves RAX other than 0."""
+    buffer: Buffer | None = field(default=None, repr=False)
+    """The script's ``$buffer``, which code shares."""
+    asks_first: bool = False
+    """Action.ASK comes before the script, which runs only where the callback says so (LiveTrap); so it is with the short-circuit."""
     short_circuit: bool = False
     immediate: bool = True
     """Records are wanted at once; else they may be gathered, which costs a trap less."""

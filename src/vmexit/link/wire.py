@@ -49,6 +49,7 @@ class EventFlag(enum.IntFlag):
     ENABLED = constant("ENABLED")
     SHORT_CIRCUIT = constant("SHORT_CIRCUIT")
     IMMEDIATE = constant("IMMEDIATE")
+    ASK_FIRST = constant("ASK_FIRST")
 
 
 class RecordFlag(enum.IntFlag):
@@ -56,12 +57,13 @@ class RecordFlag(enum.IntFlag):
 
     ``SKIPPED``: the event that left the record short-circuits the instruction. ``INTERRUPTED``: the machine took an interrupt
     between the instruction and its post stage, so RIP, RSP and RFLAGS are those of the interrupt's handler. ``FAULTED``: the
-    access was refused (#GP), which only a tracepoint tells of.
+    access was refused (#GP), which only a tracepoint tells of. ``AGAIN``: the second question of one event at one trap.
     """
 
     SKIPPED = constant("SKIPPED")
     INTERRUPTED = constant("INTERRUPTED")
     FAULTED = constant("FAULTED")
+    AGAIN = constant("AGAIN")
 
 
 class Capability(enum.IntFlag):
@@ -126,6 +128,7 @@ MAX_EVENTS = constant("MAX_EVENTS")
 MAX_RANGES = constant("MAX_RANGES")
 MAX_TRANSFER = constant("MAX_TRANSFER")
 MAX_GLOBALS = constant("MAX_GLOBALS")
+MAX_BUFFER = constant("MAX_BUFFER")
 ALL_CORES = constant("ALL_CORES")
 ALL_PROCESSES = constant("ALL_PROCESSES")
 WAITS_FOR_ROOM = constant("WAITS_FOR_ROOM")

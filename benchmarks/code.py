@@ -1,7 +1,7 @@
 """Measures the user's machine code at traps: `python -m benchmarks.code`.
 
-The loop of WRMSRs without an event, with a lifted condition that is false, with emulated code and with an emulated condition take turns in
-every round; the first use of machine code is measured in a process of its own.
+The loop of WRMSRs without an event, with a lifted condition that is false, with emulated code and with an emulated condition
+take turns in every round; the first use of machine code is measured in a process of its own.
 """
 
 from __future__ import annotations
@@ -32,10 +32,9 @@ FALSE_BY_STACK = "push rdx; pop rax; sub eax, edx"
 def plain() -> float:
     """Seconds of the loop in QEMU as it comes."""
     loop = Loop(NATIVE)
-    with PlainMachine(loop.arguments) as machine:
-        with stopwatch() as seconds:
-            machine.resume()
-            status = machine.wait()
+    with PlainMachine(loop.arguments) as machine, stopwatch() as seconds:
+        machine.resume()
+        status = machine.wait()
     loop.check_end(status, machine.output)
     return seconds[0]
 
@@ -122,7 +121,8 @@ def main() -> None:
         print(f"{name:<40}{CASES[name][0]:>12,}{middle:>12,.0f}{spread:>20}{1e9 / middle:>14,.0f}")
     base, lifted, code, _ = each.values()
     beyond = statistics.median(mine - without for mine, without in zip(lifted, base, strict=True))
-    print(f"{'the first use of code, ms':<40}{'':>12}{statistics.median(firsts):>12,.0f}{f'{min(firsts):,.0f}-{max(firsts):,.0f}':>20}\n")
+    spread = f"{min(firsts):,.0f}-{max(firsts):,.0f}"
+    print(f"{'the first use of code, ms':<40}{'':>12}{statistics.median(firsts):>12,.0f}{spread:>20}\n")
     for target in (
         Target("a lifted condition that is false, beyond no event", beyond, 150, at_most=True, unit="ns"),
         Target("emulated code a second", 1e9 / statistics.median(code), 20_000, at_most=False, unit="traps"),

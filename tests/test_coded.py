@@ -178,7 +178,7 @@ def test_a_fault_of_a_script_behind_a_condition_is_at_its_own_place(condition: b
         debugger.print_listeners.append(lambda printed: faults.append(printed.fault) if printed.fault else None)
         debugger.on_msr_write(STAR, condition=condition, script="x = 0;\n  y = 5 / x;")
         debugger.run()
-        assert [(fault.line, fault.column) for fault in faults] == [(2, 7)]
+        assert [(fault.line, fault.column) for fault in faults] == [(2, 9)]
 
 
 def test_code_that_fails_does_not_keep_the_rest_from_being_done() -> None:
@@ -238,8 +238,8 @@ def test_two_vcpus_with_one_buffer_that_code_and_scripts_share() -> None:
 def test_a_script_reaches_its_buffer_and_not_a_byte_more() -> None:
     with guest("loop", COUNT=1) as (debugger, _, _output):
         told = prints(debugger)
-        script = 'printf("%d%d%d ", check_address($buffer), check_address($buffer + 9), check_address($buffer + a)); eb($buffer + a, 1);'
-        debugger.on_msr_write(STAR, script=script, buffer=10)
+        addresses = ", ".join(f"check_address($buffer + {offset:x})" for offset in (0, 9, 10))
+        debugger.on_msr_write(STAR, script=f'printf("%d%d%d ", {addresses}); eb($buffer + a, 1);', buffer=10)
         debugger.on_msr_write(STAR, script='printf("%llx", $buffer);')
         debugger.run()
         assert told == ["110 ", "0"]

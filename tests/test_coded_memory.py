@@ -98,7 +98,12 @@ def test_each_byte_of_a_word_across_an_edge_is_its_own() -> None:
         (NOTHING, "mov [rcx], rax", "it writes in page ffff800040203000, which is not mapped in the guest"),
         (NOTHING - 4, "mov rax, [rcx]", "it reads in page ffff800040203000, which is not mapped in the guest"),
         (NOTHING - 4, "not qword ptr [rcx]", "it reads in page ffff800040203000, which is not mapped in the guest"),
-        (HALF + 0x3000_0000, "inc dword ptr [rcx]; mov rax, [0x7fff00000000]", "page 7fff00000000, which is not mapped"),
+        (
+            HALF + 0x3000_0000,
+            "inc dword ptr [rcx]",
+            "page ffff800030000000, which is not mapped in the guest",
+        ),  # by tables, but no RAM
+        (LARGE, "inc dword ptr [rcx]; mov rcx, 0x7fff00000000; mov al, [rcx]", "page 7fff00000000, which"),
         (1 << 63, "mov rax, [rcx]", "it reads in page 8000000000000000, which is not mapped in the guest"),
     ],
 )

@@ -138,19 +138,20 @@ class Coded:
         self._code = user_code.code and Sandbox(user_code.code, Kind.ACTION, event.buffer)
         self._callback = event.callback
         self._breaks = bool(event.action & Action.BREAK) and not self._code
-        self._records = bool(event.action & Action.RECORD)
+        self._records = bool(event.action & Action.RECORD) and self._condition is not None
         self._has_script = bool(event.action & Action.SCRIPT)
         # Whether the script runs, and the instruction is skipped, is the condition's to say; and code may come first.
         event.asks_first = self._condition is not None or (self._has_script and user_code.is_code_first)
         self._is_code_last = event.asks_first and self._has_script and not user_code.is_code_first and self._code is not None
-        event.action = Action.ASK | event.action & Action.SCRIPT
+        event.action = Action.ASK | event.action & (Action.SCRIPT if self._records else Action.SCRIPT | Action.RECORD)
         event.way = "emulated"
         event.callback = self
 
     def __call__(self, trap: LiveTrap) -> None:
         """At a trap; where the script comes between the condition and the code, for each of them."""
         guest = _TrappedGuest(trap, self._debugger)
-        if RecordFlag.AGAIN not in trap.flags and not self._begin(trap, guest):
+        is_second = self._is_code_last and RecordFlag.AGAIN in trap.flags
+        if not is_second and not self._begin(trap, guest):
             return
         if trap.asks_again:
             return

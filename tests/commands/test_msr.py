@@ -300,7 +300,7 @@ ASK, BREAK, RECORD, SCRIPT = Action.ASK, Action.BREAK, Action.RECORD, Action.SCR
     [
         ("code { 90 }", "runs code at", "emulated", ASK),
         ("buffer 10 asm code { nop }", "runs code at", "emulated", ASK),
-        ("code { \\x90\\x90 } log", "prints and runs code at", "emulated", ASK),
+        ("code { \\x90\\x90 } log", "prints and runs code at", "emulated", ASK | RECORD),
         ("condition { 488b00 }", "where its condition holds breaks at", "emulated", ASK),
         ("condition { 488b01 }", "where its condition holds breaks at", "lifted", BREAK),
         ("condition { 488b01 } sc on", "where its condition holds breaks at", "lifted", BREAK),
@@ -331,7 +331,9 @@ def test_machine_code(typist: Typist, rest: str, verb: str, way: str, action: Ac
 
 
 def test_a_buffer_needs_no_code(typist: Typist) -> None:
-    assert typist.types("!msrwrite 10 buffer 8 script { .n = poi($buffer); }").startswith("event 0 runs a script at each wrmsr of 10 ")
+    assert typist.types("!msrwrite 10 buffer 8 script { .n = poi($buffer); }").startswith(
+        "event 0 runs a script at each wrmsr of 10 "
+    )
     (event,) = typist.debugger.events
     assert event.buffer is not None and event.buffer.size == 8
 

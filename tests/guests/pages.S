@@ -34,12 +34,12 @@
 
 // VALUE, of 64 bits, into memory.
 .macro PUT value:req, to:req
-        mov $\value, %rax
+        movabs $\value, %rax
         mov %rax, \to
 .endm
 
 .macro SHOW name:req, address:req
-        mov $\address, %rax
+        movabs $\address, %rax
         mov (%rax), %rdx
         PRINT "\name\()="
         PRINT_HEX %rdx
@@ -76,7 +76,7 @@ main:
         movl $0x77777777, first
         PUT 0x8888888888888888, third + 8
 
-        mov $pcr + HALF, %rax
+        movabs $pcr + HALF, %rax
         mov %rax, %rdx
         shr $32, %rdx
         mov $MSR_GS_BASE, %ecx

@@ -51,7 +51,7 @@ def accelerator(request: pytest.FixtureRequest) -> str:
 
 
 def boot(image: Path, vcpus: int = 1, accelerator: str = "tcg", cpu: str | None = None) -> tuple[list[str], int]:
-    """Run a guest to its end, on another CPU model than QEMU's usual one; give the lines that it printed and QEMU's exit status."""
+    """Run a guest to its end, ``cpu`` being its model; give the lines that it printed and QEMU's exit status."""
     # Where KVM is itself emulated, the firmware of "pc" takes ten seconds.
     machine = "microvm" if accelerator == "kvm" else "pc"
     command = [QEMU, *qemu_arguments(image, vcpus, machine=machine), "-accel", accelerator]

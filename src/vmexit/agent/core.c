@@ -651,18 +651,19 @@ static bool act(struct trap *trap, struct vcpu *vcpu, const struct table *table,
     const struct vmexit_event *event = &table->events[index];
     const struct script *script = table->scripts[index];
     const bool asks_first = flags_of(event) & VMEXIT_ASK_FIRST;
+    const unsigned again = event->actions & VMEXIT_RECORD ? VMEXIT_AGAIN : 0;
     if (event->actions & VMEXIT_RECORD)
         publish(trap, vcpu, event, VMEXIT_RECORD, progress->skip ? VMEXIT_SKIPPED : 0, NULL);
     bool halt = event->actions & VMEXIT_BREAK;
     struct wanted wanted = {.script = true, .again = event->actions & VMEXIT_ASK};
     if (asks_first) {
-        wanted = ask(trap, vcpu, event, progress, 0);
+        wanted = ask(trap, vcpu, event, progress, again);
         halt |= wanted.halt;
     }
     if (wanted.script && script)
         halt |= scripts_run(trap, event, script, progress);
     if (wanted.again)
-        halt |= ask(trap, vcpu, event, progress, asks_first ? VMEXIT_AGAIN : 0).halt;
+        halt |= ask(trap, vcpu, event, progress, asks_first ? VMEXIT_AGAIN : again).halt;
     /* A break that the debugger does not get to know of must not halt the machine: nobody would let it go on. */
     return halt && publish(trap, vcpu, event, VMEXIT_BREAK, progress->skip ? VMEXIT_SKIPPED : 0, NULL) != UINT64_MAX;
 }

@@ -49,7 +49,7 @@
 #define VMEXIT_SKIPPED 1
 #define VMEXIT_INTERRUPTED 2
 #define VMEXIT_FAULTED 4 /* the processor or KVM refused the access (#GP); only tracepoints tell of such, an agent has no post stage then */
-#define VMEXIT_AGAIN 8 /* the event's second question at this trap, which the answer to the first one has asked for */
+#define VMEXIT_AGAIN 8 /* of a question: the event has left a record of this trap before, or has asked already */
 
 /* vmexit_ring.waiting */
 #define VMEXIT_WAITS_FOR_ROOM 1

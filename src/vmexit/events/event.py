@@ -48,7 +48,7 @@ class Event:
     buffer: Buffer | None = field(default=None, repr=False)
     """The script's ``$buffer``, which code shares."""
     asks_first: bool = False
-    """Action.ASK comes before the script, which runs only where the callback says so (LiveTrap); so it is with the short-circuit."""
+    """Action.ASK comes before the script; that and the short-circuit are for the callback to say (LiveTrap)."""
     short_circuit: bool = False
     immediate: bool = True
     """Records are wanted at once; else they may be gathered, which costs a trap less."""

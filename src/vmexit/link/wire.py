@@ -57,7 +57,8 @@ class RecordFlag(enum.IntFlag):
 
     ``SKIPPED``: the event that left the record short-circuits the instruction. ``INTERRUPTED``: the machine took an interrupt
     between the instruction and its post stage, so RIP, RSP and RFLAGS are those of the interrupt's handler. ``FAULTED``: the
-    access was refused (#GP), which only a tracepoint tells of. ``AGAIN``: the second question of one event at one trap.
+    access was refused (#GP), which only a tracepoint tells of. ``AGAIN``, of a
+    question: the event has left a record of this trap, or asked, before.
     """
 
     SKIPPED = constant("SKIPPED")

@@ -40,9 +40,8 @@ _U64 = struct.Struct("<Q")
 _SEGMENT_PREFIXES = (0x64, 0x65)
 _READ, _WRITE, _EXECUTE = unicorn.UC_PROT_READ, unicorn.UC_PROT_WRITE, unicorn.UC_PROT_EXEC
 _MASK64 = 0xFFFF_FFFF_FFFF_FFFF
-# What calls the code: takes the context from the frame, and leaves RAX there and that it is done. Setting and asking a register
-# from outside takes longer than all of this. It ends with HLT: what lies at an address where Unicorn is told to stop is translated
-# anew at each run.
+# What calls the code: takes the context from the frame, and leaves RAX there and that it is done. To set and ask registers from
+# outside takes longer than all of this. It ends with HLT: what lies where Unicorn is told to stop is translated at each run.
 _LOAD = b"\x48\xa1" + struct.pack("<Q", _FRAME)  # mov rax, [frame]
 _JUMP = b"\x31\xc0\xff\x25\0\0\0\0" + struct.pack("<Q", CODE)  # xor eax, eax; jmp code
 # mov [frame + 8], rax; mov al, 1; mov [frame + 16], al; hlt
@@ -160,7 +159,11 @@ class Sandbox:
         at = emulator.reg_read(x86.UC_X86_REG_RIP) if self._place is None else CODE + self._place
         if self._why is None and failure is None:
             is_lost = at == _NOWHERE
-            self._why = "it jumps out of its own code" if is_lost else f"it has not returned after {self.limits.instructions:,} instructions"
+            self._why = (
+                "it jumps out of its own code"
+                if is_lost
+                else f"it has not returned after {self.limits.instructions:,} instructions"
+            )
         if self._why is None:
             self._why = "the emulator does not know this instruction" if failure == _UNKNOWN else "this instruction faults"
         is_inside = 0 <= at - CODE < len(self.code)

@@ -177,7 +177,7 @@ class Coded:
             trap.asks_again = self._is_code_last
         if self._records:
             flags = trap.flags & ~RecordFlag.SKIPPED | (RecordFlag.SKIPPED if trap.short_circuit else RecordFlag(0))
-            self._debugger.tell_records(record_of(trap.trap._replace(action=Action.RECORD, flags=flags)))
+            self._debugger.tell_records(record_of(trap.trap._replace(action=Action.RECORD, flags=flags)), alike=True)
         return True
 
     def _tried(self, sandbox: Sandbox, trap: LiveTrap, guest: _TrappedGuest) -> int | None:

@@ -31,13 +31,14 @@ from vmexit.recording import Summary
 from vmexit.script.compile import CompiledScript, Compiler
 from vmexit.script.runtime import DEFAULT_STACK, DEFAULT_STEPS, Runtime, check_limits
 from vmexit.targets.base import Notice, NoticeKind, Target
-from vmexit.trap import LiveTrap, Registers, Trap, traps_of
+from vmexit.trap import LiveTrap, Registers, Trap, first_questions, traps_of
 
 # How long the debugger sleeps when nothing calls it: records that need not be seen at once wait no longer than this.
 _POLL_S = 0.05
 _HALT_S = 20.0
 _SPIN_S = 0.0005
 _RECORD = int(Action.RECORD)  # an operation on plain numbers takes a tenth of the time
+_ASK = int(Action.ASK)
 _TEXT = int(Action.PRINT | Action.FAULT)
 _NOTICES_S = 0.01
 
@@ -132,6 +133,8 @@ class Debugger:
         """The process that events are about which are made without naming one; None: all of them."""
         self.thread_names = ThreadNames()
         """Of the guest's threads that traps have named."""
+        self.code_failures = 16
+        """So many runs of an event's machine code that fail in a row disable it; 0: none do."""
         self.started_ns: int | None = None
         """When the machine first ran, by the clock of Trap.time_ns; None: it has not."""
         self.overflow = Overflow.DROP if target.only_looks else Overflow.WAIT
@@ -194,9 +197,9 @@ class Debugger:
         check(event, target.link.capabilities, target.vcpus, target.name, target.untrappable, target.only_looks)
 
     def on_msr_write(self, msr: Msr = None, callback: Callback | None = None, **options: Unpack[HookOptions]) -> Event:
-        """Traps WRMSR: calls ``callback`` with each, runs a script at each, or both; else records it (hooks.HookOptions).
+        """Traps WRMSR: calls ``callback`` with each, runs a script or code, or all of it; else records it (hooks.HookOptions).
 
-        Raises VmexitError where it cannot be, ScriptError (one of these) for a script that does not compile.
+        Raises VmexitError where it cannot be, ScriptError and CodeError (two of these) for text that is no script or no code.
         """
         return self.add(make_event(self, Access.WRMSR, msr, callback, options))
 
@@ -594,20 +597,26 @@ class Debugger:
         if action == Action.NAME:
             self.thread_names.learn(records, self._rings)
             return
-        self.summary.add(records, alike=alike)
+        counted = first_questions(records) if action == _ASK else records
+        if len(counted):
+            self.summary.add(counted, alike=alike)
         if action == _RECORD:
-            self._keep(records, alike=alike)
-            for listener in list(self.record_listeners):
-                with self._keeping_errors():
-                    listener(records)
-            if self.listeners:
-                self._tell(list(traps_of(records)))
+            self.tell_records(records, alike=alike)
             return
         for trap in traps_of(records):
             if action == Action.ASK:
                 self._ask(trap)
             else:
                 self._breaks.append(trap)
+
+    def tell_records(self, records: Records, *, alike: bool) -> None:
+        """Keeps records of events, and hands them to all who listen; ``alike``: they are known to be (are_alike)."""
+        self._keep(records, alike=alike)
+        for listener in list(self.record_listeners):
+            with self._keeping_errors():
+                listener(records)
+        if self.listeners:
+            self._tell(list(traps_of(records)))
 
     def _print(self, records: Records) -> None:
         for text in printed(records, self._rings, self._program.scripts):
@@ -647,15 +656,16 @@ class Debugger:
         values = self._rings.question_registers(trap.core)
         live = LiveTrap(trap, values.copy(), self)
         event = self.events.get(trap.event)
-        changed, skip, halt = 0, trap.skipped, False
+        changed, skip, halt, script, again = 0, trap.skipped, False, False, False
         # After an exception the rest of the batch is answered without asking: the vCPUs wait.
         if event is not None and event.callback is not None and self._error is None:
             try:
                 event.callback(live)
                 changed, skip, halt, values = live.changed, live.short_circuit, live.halting, live.values
+                script, again = live.runs_script, live.asks_again
             except BaseException as error:
                 self._error, halt = error, True
-        self._rings.answer(trap.core, trap.sequence, values, changed, skip, halt)
+        self._rings.answer(trap.core, trap.sequence, values, changed, skip, halt, script, again)
         self._answered = True
 
     # ---- stops ----

@@ -38,6 +38,12 @@ class HookOptions(TypedDict, total=False):
     script: str | CompiledScript | None
     """None; or text of the script language. It runs in the vCPU's thread, before the callback; what it prints goes to
     Debugger.print_listeners."""
+    condition: bytes | str | None
+    """None; or x86-64 machine code, or assembly (str), that decides whether the event does anything."""
+    code: bytes | str | None
+    """None; or the same that runs behind the script and before the callback."""
+    buffer: int | None
+    """None; or so many bytes for both and for ``$buffer`` (Event.buffer)."""
     short_circuit: bool
     """False; True: the access is not carried out."""
     immediate: bool
@@ -45,7 +51,7 @@ class HookOptions(TypedDict, total=False):
     with_process: bool
     """False; True: records tell process and thread (Trap.pid, Trap.tid)."""
     keep: int
-    """200,000: so many of the newest records stay in Event.recording; none with a callback or script."""
+    """200,000: so many of the newest records stay in Event.recording; none with a callback, script or code."""
 
 
 def make_event(debugger: Debugger, access: Access, msr: Msr, callback: Callback | None, options: HookOptions) -> Event:
@@ -58,22 +64,36 @@ def make_event(debugger: Debugger, access: Access, msr: Msr, callback: Callback 
     action = (Action.ASK if callback else Action(0)) | (Action.SCRIPT if script else Action(0))
     msrs = _msrs_of(debugger, access, msr)
     pid = options.get("pid")
-    return Event(
+    is_recorded = not action and options.get("code") is None
+    event = Event(
         access=access,
         msrs=msrs,
         stage=options.get("stage", Stage.PRE),
         core=options.get("core"),
         process=debugger.attached if pid is None else None if pid == "all" else pid,
         with_process=options.get("with_process", False),
-        action=action or Action.RECORD,
+        action=Action.RECORD if is_recorded else action,
         callback=callback,
         script=script,
         filter=ValueFilter.of(options.get("value"), options.get("mask"), options.get("changed", False)),
         short_circuit=options.get("short_circuit", False),
         immediate=options.get("immediate", False),
         text=f"on_msr_{'write' if access == Access.WRMSR else 'read'}({msrs})",
-        recording=None if action else Recording(options.get("keep", _KEPT)),
+        recording=Recording(options.get("keep", _KEPT)) if is_recorded else None,
     )
+    event.check()
+    _attach_code(debugger, event, options)
+    return event
+
+
+def _attach_code(debugger: Debugger, event: Event, options: HookOptions) -> None:
+    condition, code, buffer = options.get("condition"), options.get("code"), options.get("buffer")
+    if condition is None and code is None and buffer is None:
+        return
+    # Unicorn takes a moment to load, which a debugger without machine code does not need.
+    from vmexit.coded import UserCode, attach, machine_code
+
+    attach(debugger, UserCode(machine_code(condition), machine_code(code), buffer), event)
 
 
 def _msrs_of(debugger: Debugger, access: Access, msr: Msr) -> MsrSet:

@@ -132,7 +132,9 @@ class FakeLink:
         assert changes == self.rings.changes
         self.events = events
 
-    def add_script(self, number: int, file: int, entry: int, code_size: int, constants_size: int) -> None:
+    def add_script(
+        self, number: int, file: int, entry: int, code_size: int, constants_size: int, buffer: tuple[int, int] | None = None
+    ) -> None:
         assert os.fstat(file).st_size >= code_size + constants_size and 0 <= entry < code_size
         self.scripts.append(number)
 

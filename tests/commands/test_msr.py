@@ -303,15 +303,8 @@ def test_what_is_not_available_yet(typist: Typist, rest: str, marked: str) -> No
         ("code { 90 } buffer 1000001", "a buffer has 1 to 1000000 bytes, not 1000001", "buffer 1000001"),
         ("code { 90 } buffer 0", "a buffer has 1 to 1000000 bytes, not 0", "buffer 0"),
         ("condition { 90 } buffer 0", "a buffer has 1 to 1000000 bytes, not 0", "buffer 0"),
-        ("condition { 90 } log script { .x = 1; }", "a condition with both a script and 'log'", "condition { 90 }"),
         ("condition { 90 } sc on stage post", "'sc on' needs 'stage pre'", "sc on"),
-        ("code { 90 } script { .x = 1; }", "'code' together with a script is not yet available", "code { 90 }"),
-        ("buffer 8 script { .x = 1; }", "'buffer' together with a script is not yet available", "buffer 8"),
-        (
-            "condition { 488b00 } script { .x = 1; }",
-            "a condition that has to be emulated, together with",
-            "condition { 488b00 }",
-        ),
+        ("buffer 0 script { .x = 1; }", "a buffer has 1 to 1000000 bytes, not 0", "buffer 0"),
         ("asm condition { nop } asm", "'asm' stands before 'code' or 'condition'", "asm"),
         ("output {a,,b}", "a name is missing between the commas", "{a,,b}"),
         ("output {a,b,c,d,e,f}", "an event has 5 outputs at most, not 6", "{a,b,c,d,e,f}"),
@@ -336,25 +329,50 @@ def test_a_wrong_value_is_told_before_that_it_is_not_available(typist: Typist, r
     assert mark == " " * line.rindex(marked) + "^" + "~" * (len(marked) - 1)
 
 
+ASK, BREAK, RECORD, SCRIPT = Action.ASK, Action.BREAK, Action.RECORD, Action.SCRIPT
+
+
 @pytest.mark.parametrize(
-    ("rest", "verb", "way"),
+    ("rest", "verb", "way", "action"),
     [
-        ("code { 90 }", "runs code at", "emulated"),
-        ("buffer 10 asm code { nop }", "runs code at", "emulated"),
-        ("code { \\x90\\x90 } log", "prints and runs code at", "emulated"),
-        ("condition { 488b00 }", "where its condition holds breaks at", "emulated"),
-        ("condition { 488b01 }", "where its condition holds breaks at", "lifted"),
-        ("condition { 488b01 } sc on", "where its condition holds breaks at", "lifted"),
-        ("condition { 488b01 } script { .n = 1; }", "where its condition holds runs a script at", "lifted"),
-        ("asm condition { nop; ret } log", "where its condition holds prints", "emulated"),
-        ("CONDITION core 1 { 0x90 } asm CODE { nop }", "where its condition holds runs code at", "emulated"),
+        ("code { 90 }", "runs code at", "emulated", ASK),
+        ("buffer 10 asm code { nop }", "runs code at", "emulated", ASK),
+        ("code { \\x90\\x90 } log", "prints and runs code at", "emulated", ASK | RECORD),
+        ("condition { 488b00 }", "where its condition holds breaks at", "emulated", ASK),
+        ("condition { 488b01 }", "where its condition holds breaks at", "lifted", BREAK),
+        ("condition { 488b01 } sc on", "where its condition holds breaks at", "lifted", BREAK),
+        ("condition { 488b01 } script { .n = 1; }", "where its condition holds runs a script at", "lifted", SCRIPT),
+        ("condition { 488b00 } script { .n = 1; }", "where its condition holds runs a script at", "emulated", ASK | SCRIPT),
+        (
+            "condition { 90 } log script { .n = 1; }",
+            "where its condition holds prints and runs a script at",
+            "lifted",
+            RECORD | SCRIPT,
+        ),
+        ("asm condition { nop; ret } log", "where its condition holds prints", "lifted", RECORD),
+        (
+            "CONDITION core 1 { 0x90 } asm CODE { nop }",
+            "where its condition holds runs code at",
+            "condition lifted, code emulated",
+            ASK,
+        ),
+        ("script { .n = 1; } code { 90 }", "runs a script and code at", "emulated", ASK | SCRIPT),
+        ("code { 90 } script { .n = 1; } buffer 8", "runs code and a script at", "emulated", ASK | SCRIPT),
     ],
 )
-def test_machine_code(typist: Typist, rest: str, verb: str, way: str) -> None:
+def test_machine_code(typist: Typist, rest: str, verb: str, way: str, action: Action) -> None:
     assert typist.types(f"!msrwrite 10 {rest}").startswith(f"event 0 {verb} each wrmsr of 10 ")
     (event,) = typist.debugger.events
-    assert event.action == (Action.ASK if way == "emulated" else Action.SCRIPT)
+    assert event.action == action
     assert f"[{way}]" in typist.types("events")
+
+
+def test_a_buffer_needs_no_code(typist: Typist) -> None:
+    assert typist.types("!msrwrite 10 buffer 8 script { .n = poi($buffer); }").startswith(
+        "event 0 runs a script at each wrmsr of 10 "
+    )
+    (event,) = typist.debugger.events
+    assert event.buffer is not None and event.buffer.size == 8
 
 
 @pytest.mark.parametrize(

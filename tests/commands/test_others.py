@@ -70,7 +70,7 @@ def test_settings(typist: Typist) -> None:
     assert typist.debugger.overflow is Overflow.DROP
     assert typist.link.drop
     assert typist.types("settings code-failures 0n20").split()[1] == "14"
-    assert typist.session.settings.code_failures == 20
+    assert typist.session.debugger.code_failures == 20
     assert typist.types("settings script-steps 0n5000").split()[1] == "1388"
     assert typist.debugger.script_steps == 5000
     typist.types("settings overflow wait")

@@ -32,7 +32,7 @@ static struct memory *memories; /* by vCPU; there once an event has wanted to kn
 
 bool filter_is_sound(const struct vmexit_event *event)
 {
-    if (event->reserved != 0 || (event->value & ~event->mask) != 0)
+    if ((event->value & ~event->mask) != 0)
         return false;
     if (!(event->access & VMEXIT_RDMSR))
         return true;

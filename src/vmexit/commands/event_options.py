@@ -84,10 +84,10 @@ PARAMETERS = (
     (
         "code { CODE }",
         "Machine code that is run at each trap: it gets the buffer (RCX), the guest's registers (RDX) and the MSR (R8). The page "
-        "on custom code tells what both can do. Code does not go together with a script yet.",
+        "on custom code tells what both can do. Together with a script it runs in the order given.",
     ),
     ("asm", "Before 'condition' or 'code': what is in the braces is assembly in Intel's syntax."),
-    ("buffer N", "So many zeroed bytes that the event's code keeps from trap to trap."),
+    ("buffer N", "So many zeroed bytes that the event's code and script ($buffer) keep from trap to trap."),
     ("output { }", "HyperDbg's; its value is checked, but it is not yet available."),
 )
 
@@ -282,10 +282,6 @@ def make(session: Session, arguments: Arguments, options: EventOptions, event: E
     try:
         event.check()
         if options.machine_code or options.buffer is not None:
-            looks = session.debugger.target.only_looks
-            if looks is not None:
-                option = next(iter(options.machine_code), "buffer")
-                raise EventError(option, f"'{option}' is not possible here: {looks.reason}")
             event_code.attach(session, arguments, options, event)
         if event.process is not None and not session.debugger.knows_processes and session.debugger.state is State.HALTED:
             session.guest.known  # noqa: B018 - the processes are known with the guest

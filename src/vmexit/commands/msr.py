@@ -23,10 +23,10 @@ _VERBS = {
 def _coded_verb(options: event_options.EventOptions) -> str:
     """Of an event with machine code of the user's."""
     does = ["prints"] if options.log else []
-    if options.script is not None:
-        does.append("runs a script at")
-    elif "code" in options.machine_code:
-        does.append("runs code at")
+    blocks = {"a script": options.script, "code": options.machine_code.get("code", (None,))[0]}
+    runs = sorted((block.start, name) for name, block in blocks.items() if block is not None)
+    if runs:
+        does.append(f"runs {' and '.join(name for _, name in runs)} at")
     elif not options.log:
         does.append("breaks at")
     verb = " and ".join(does)

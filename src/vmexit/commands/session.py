@@ -41,8 +41,6 @@ class Settings:
     """What ``settings`` shows and changes, except for what the debugger itself keeps."""
 
     syntax: Syntax = Syntax.INTEL
-    code_failures: int = 16
-    """So many runs of an event's machine code that fail in a row disable it; 0: none do."""
 
 
 @dataclass

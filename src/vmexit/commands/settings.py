@@ -40,7 +40,7 @@ def _put_stack(session: Session, value: str) -> None:
 
 
 def _put_failures(session: Session, value: str) -> None:
-    session.settings.code_failures = int(value)
+    session.debugger.code_failures = int(value)
 
 
 def _put_sdk_socket(session: Session, value: str) -> None:
@@ -53,7 +53,7 @@ _SETTINGS: Mapping[str, _Setting] = {
     "code-failures": _Setting(
         "how many runs of an event's machine code that are ended in a row disable the event; 0: none do",
         (),
-        lambda session: f"{session.settings.code_failures:x}",
+        lambda session: f"{session.debugger.code_failures:x}",
         _put_failures,
     ),
     "overflow": _Setting(

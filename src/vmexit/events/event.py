@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vmexit.recording import Recording
     from vmexit.script.compile import CompiledScript
     from vmexit.trap import LiveTrap
+    from vmexit.usercode.buffer import Buffer
 
 Callback = Callable[["LiveTrap"], None]
 
@@ -47,6 +48,12 @@ class Event:
     """What Action.SCRIPT runs, in the vCPU's thread."""
     filter: ValueFilter | None = None
     """Which values it is triggered by; None: any."""
+    condition: CompiledScript | None = field(default=None, repr=False)
+    """What decides, there too, whether the event does anything: whether it leaves RAX other than 0."""
+    buffer: Buffer | None = field(default=None, repr=False)
+    """The script's ``$buffer``, which code shares."""
+    asks_first: bool = False
+    """Action.ASK comes before the script; that and the short-circuit are for the callback to say (LiveTrap)."""
     short_circuit: bool = False
     immediate: bool = True
     """Records are wanted at once; else they may be gathered, which costs a trap less."""

@@ -385,5 +385,7 @@ class TraceLink:
     def decide(self, vcpu: int, skip: bool) -> None:
         self._refuse("skipping")
 
-    def add_script(self, number: int, file: int, entry: int, code_size: int, constants_size: int) -> None:
+    def add_script(
+        self, number: int, file: int, entry: int, code_size: int, constants_size: int, buffer: tuple[int, int] | None = None
+    ) -> None:
         self._refuse("a script")

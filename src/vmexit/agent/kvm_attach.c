@@ -74,9 +74,8 @@ static void look_around(struct found *found)
         closedir(folder);
 }
 
-static bool take_in(const struct found *found)
+static bool take_in(const struct found *found, int device)
 {
-    int device = found->device >= 0 ? found->device : open("/dev/kvm", O_RDWR | O_CLOEXEC);
     int bytes = kvm_plain(device, KVM_GET_VCPU_MMAP_SIZE, NULL);
     if (bytes <= 0)
         return false;
@@ -269,12 +268,18 @@ static void *come_in(void *unused)
     static struct found found;
     (void)unused;
     look_around(&found);
-    if (found.vms != 1 || !take_in(&found))
+    const int device = found.device >= 0 ? found.device : open("/dev/kvm", O_RDWR | O_CLOEXEC);
+    if (found.vms != 1 || !take_in(&found, device))
         return NULL;
     assume_filter();
     __atomic_store_n(&vm.active, true, __ATOMIC_SEQ_CST);
     dl_iterate_phdr(redirect_object, NULL);
-    int listening = wait_until_outside() ? make_socket() : -1;
+    bool outside = wait_until_outside();
+    if (outside)
+        slots_find(device);
+    if (device != found.device)
+        close(device);
+    int listening = outside ? make_socket() : -1;
     if (listening >= 0 && !kvm_serve(listening))
         close(listening);
     return NULL;

@@ -116,7 +116,8 @@ def test_one_of_the_list_is_chosen_at_a_terminal(hang: int, tmp_path: Path) -> N
     try:
         at.waits_for(rf"{hang}  vmm-\S+ +1 +\d+ MB")
         at.waits_for(r"attach to which PID\? ")
-        at.enters(str(hang), rf"\(process {hang}\)")
+        at.enters(str(hang), "vmexit> *$")
+        at.enters(".status", rf"\(process {hang}\), 1 core")
         at.enters("!msrwrite c0000081", r"event 0 triggered \(pre\) on core 0")
         at.enters("r rcx", "rcx=00000000c0000081")
         at.enters("events d 0", "vmexit> *$")

@@ -55,9 +55,7 @@ def start() -> Iterator[Start]:
     """Starts VMMs that know nothing of vmexit."""
     processes: list[subprocess.Popen[str]] = []
 
-    def start(
-        kind: str, name: str, vcpus: int = 1, *, many_slots: bool = False, **defines: int | str
-    ) -> subprocess.Popen[str]:
+    def start(kind: str, name: str, vcpus: int = 1, *, many_slots: bool = False, **defines: int | str) -> subprocess.Popen[str]:
         need_kvm()
         pytest.importorskip("pyinjector", reason="pyinjector is missing: attaching to a running VMM needs it")
         image = build(name, **defines)
@@ -174,7 +172,13 @@ def test_breaks_registers_memory(start: Start, kind: str) -> None:
     assert (said.strip(), status) == (right_sum(COUNT), OK_STATUS)
 
 
-SLOTS = {7: (0, 0xA0000), 3: (0xE0000, 0x20000), 0: (1 << 20, 63 << 20), 5: (1 << 32, 2 << 20), 6: ((1 << 32) + (2 << 20), 0x180000)}
+SLOTS = {
+    7: (0, 0xA0000),
+    3: (0xE0000, 0x20000),
+    0: (1 << 20, 63 << 20),
+    5: (1 << 32, 2 << 20),
+    6: ((1 << 32) + (2 << 20), 0x180000),
+}
 """Of the VMM with many: by their numbers, where each begins, and its size (tests/vmm/vmm.c)."""
 
 
@@ -373,7 +377,7 @@ class TestRefused:
         lock = tmp_path / "lock.c"
         lock.write_text(_LOCK)
         subprocess.run(["gcc", "-o", tmp_path / "lock", lock], check=True)
-        command = [tmp_path / "lock", build_vmm(), *vmm_arguments(build("hang"))]
+        command = [str(tmp_path / "lock"), str(build_vmm()), *vmm_arguments(build("hang"))]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, text=True)
         try:
             wait_for_vm(process)

@@ -145,7 +145,7 @@ void halt_amend_mask(uint8_t *mask, uint32_t bytes);
 
 /* ---- kvm_slots.c ---- */
 
-/* Finds the slots that the VMM has set up before the agent came, if it can; `device` is /dev/kvm. */
+/* Finds the slots that the VMM has set up before the agent came, if it can; `device` is the VMM's /dev/kvm, or -1. */
 void slots_find(int device);
 
 #pragma GCC visibility pop

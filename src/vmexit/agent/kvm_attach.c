@@ -74,9 +74,19 @@ static void look_around(struct found *found)
         closedir(folder);
 }
 
-static bool take_in(const struct found *found, int device)
+/* A VMM may have closed it. */
+static int run_bytes(int device)
 {
-    int bytes = kvm_plain(device, KVM_GET_VCPU_MMAP_SIZE, NULL);
+    int ours = device < 0 ? open("/dev/kvm", O_RDWR | O_CLOEXEC) : -1;
+    int bytes = kvm_plain(ours < 0 ? device : ours, KVM_GET_VCPU_MMAP_SIZE, NULL);
+    if (ours >= 0)
+        close(ours);
+    return bytes;
+}
+
+static bool take_in(const struct found *found)
+{
+    int bytes = run_bytes(found->device);
     if (bytes <= 0)
         return false;
     vm.fd = found->vm;
@@ -268,17 +278,14 @@ static void *come_in(void *unused)
     static struct found found;
     (void)unused;
     look_around(&found);
-    const int device = found.device >= 0 ? found.device : open("/dev/kvm", O_RDWR | O_CLOEXEC);
-    if (found.vms != 1 || !take_in(&found, device))
+    if (found.vms != 1 || !take_in(&found))
         return NULL;
     assume_filter();
     __atomic_store_n(&vm.active, true, __ATOMIC_SEQ_CST);
     dl_iterate_phdr(redirect_object, NULL);
     bool outside = wait_until_outside();
     if (outside)
-        slots_find(device);
-    if (device != found.device)
-        close(device);
+        slots_find(found.device);
     int listening = outside ? make_socket() : -1;
     if (listening >= 0 && !kvm_serve(listening))
         close(listening);

@@ -160,11 +160,13 @@ static bool keeps_to_it(void)
 
 static bool kernel_keeps_to_it(int device)
 {
-    search.vm = kvm_plain(device, KVM_CREATE_VM, NULL);
-    if (search.vm < 0)
-        return false;
-    bool right = keeps_to_it();
-    close(search.vm);
+    int ours = device < 0 ? open("/dev/kvm", O_RDWR | O_CLOEXEC) : -1;
+    search.vm = kvm_plain(ours < 0 ? device : ours, KVM_CREATE_VM, NULL);
+    bool right = search.vm >= 0 && keeps_to_it();
+    if (search.vm >= 0)
+        close(search.vm);
+    if (ours >= 0)
+        close(ours);
     return right;
 }
 

@@ -69,8 +69,10 @@ def _find_tracefs() -> tuple[Path, int | None]:
 
 
 def missing_tracepoints(tracepoints: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Those of these (system, name) that this kernel does not have. Raises TargetError, with what would help, where tracefs cannot
-    be used at all. Nothing is changed."""
+    """Those of these (system, name) that this kernel does not have; nothing is changed.
+
+    Raises TargetError, with what would help, where tracefs cannot be used at all.
+    """
     root, mount = _find_tracefs()
     try:
         return [point for point in tracepoints if not _has_tracepoint(root, *point)]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -84,7 +86,7 @@ def right_sum(count: int) -> str:
     return f"sum={count * (count + 1) // 2:016x} last=5a5a5a5a00000001"
 
 
-def wait_for_vm(process: subprocess.Popen[str]) -> None:
+def wait_for_vm(process: subprocess.Popen[Any]) -> None:
     """Until the guest is in its loop, or nearly."""
     deadline = time.monotonic() + 20
     while not any(machine.pid == process.pid and machine.vcpus for machine in machines()):
@@ -271,6 +273,35 @@ def test_a_paused_qemu(start: Start, tmp_path: Path) -> None:
         process.communicate()
 
 
+def test_a_qemu_that_was_paused_after_it_had_run(tmp_path: Path) -> None:
+    """Its vCPU's thread comes through nothing of the agent's, and KVM has a thread there that is in KVM_RUN for ever, so to say."""
+    need_kvm()
+    pytest.importorskip("pyinjector")
+    monitor = tmp_path / "monitor"
+    arguments = [*qemu_arguments(build("hang"), machine="microvm"), "-qmp", f"unix:{monitor},server=on,wait=off"]
+    process = subprocess.Popen(
+        [QEMU, "-accel", "kvm", "-cpu", "host", *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    try:
+        wait_for_vm(process)
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(monitor))
+            lines = connection.makefile("rw")
+            for command in ("qmp_capabilities", "stop"):
+                lines.write(f'{{"execute": "{command}"}}\n')
+                lines.flush()
+            while '"STOP"' not in lines.readline():
+                pass
+            lines.close()
+        with Debugger(Attached(process.pid)) as debugger:
+            assert debugger.state == State.HALTED
+            event = debugger.on_msr_write(expected.STAR)
+            assert debugger.run(until=lambda: debugger.hits(event) > 3, timeout=60).reason == StopReason.CONDITION
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_a_guest_that_was_started_with_the_agent_and_let_go_of() -> None:
     """Emulated too: its debugger detaches, and another one comes."""
     output = Output()
@@ -346,7 +377,7 @@ class TestRefused:
         need_kvm()
         process = subprocess.Popen([build_vmm(static=True), *vmm_arguments(build("hang"))], stdout=subprocess.DEVNULL)
         try:
-            wait_for_vm(process)  # type: ignore[arg-type]
+            wait_for_vm(process)
             self.refused(process.pid, "linked statically")
         finally:
             process.kill()

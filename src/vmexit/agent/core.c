@@ -33,7 +33,9 @@ struct core core = {.shared_fd = -1, .debugger_eventfd = -1, .change_lock = PTHR
 
 uint8_t core_interest[1 << 16];
 
-static struct table no_events = {.quick_half = -1};
+static struct table *no_events;
+
+static struct table *make_table(const struct vmexit_event *events, size_t count);
 
 /* ---- set-up ---- */
 
@@ -98,8 +100,8 @@ bool core_init(const struct door *door, unsigned vcpus)
     core.ring_mask = records - 1;
     core.half_mask = records / 2 - 1;
     core.text_mask = words - 1;
-    core.table = &no_events;
-    return true;
+    core.table = no_events = make_table(NULL, 0);
+    return core.table != NULL;
 }
 
 const struct door *core_door(void) { return core.door; }
@@ -197,7 +199,7 @@ static bool is_quick(const struct vmexit_event *events, size_t count)
         if (events[i].actions != VMEXIT_RECORD || events[i].stages != VMEXIT_PRE || events[i].condition || filter_is_there(&events[i]) ||
             (events[i].flags & (VMEXIT_SHORT_CIRCUIT | VMEXIT_IMMEDIATE)))
             return false;
-    return core.has_membarrier && clock_has_tsc();
+    return count > 0 && core.has_membarrier && clock_has_tsc();
 }
 
 static struct table *make_table(const struct vmexit_event *events, size_t count)
@@ -326,7 +328,7 @@ static int replace_table(struct table *table, uint64_t changes)
     int status = exchange_tables(table, changes);
     if (status == VMEXIT_STALE)
         return status;
-    if (old != &no_events) {
+    if (old != no_events) {
         old->retired = core.retired;
         core.retired = old;
     }
@@ -798,7 +800,7 @@ uint64_t core_attach(void)
 void core_detach(void)
 {
     __atomic_fetch_add(&core.session, 1, __ATOMIC_SEQ_CST);
-    while (replace_table(&no_events, __atomic_load_n(&core.changes, __ATOMIC_RELAXED)) == VMEXIT_STALE)
+    while (replace_table(no_events, __atomic_load_n(&core.changes, __ATOMIC_RELAXED)) == VMEXIT_STALE)
         ; /* a script has just changed an event */
     core_set_overflow_drop(false);
     for (unsigned i = 0; i < core.vcpu_count; i++)

@@ -384,6 +384,11 @@ static int run(struct cpu *cpu)
         __atomic_store_n(&cpu->passed, true, __ATOMIC_RELEASE);
     }
     __atomic_store_n(&cpu->busy, true, __ATOMIC_SEQ_CST);
+    while (__builtin_expect(__atomic_load_n(&vm.is_silent, __ATOMIC_SEQ_CST), 0)) {
+        __atomic_store_n(&cpu->busy, false, __ATOMIC_SEQ_CST);
+        halt_wait_for_silence_to_end();
+        __atomic_store_n(&cpu->busy, true, __ATOMIC_SEQ_CST);
+    }
     int result = run_until_exit(cpu);
     int error = errno;
     __atomic_store_n(&cpu->busy, false, __ATOMIC_SEQ_CST);

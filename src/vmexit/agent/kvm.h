@@ -64,6 +64,7 @@ extern struct vm {
     bool syncs_sregs; /* events ask for processes */
     bool is_armed; /* events want MSRs */
     bool is_parked; /* vCPUs do not enter the guest: where the agent itself halts the machine */
+    bool is_silent; /* nor do they begin to, for a moment */
     unsigned count;
     struct cpu *cpus[KVM_MOST_VCPUS];
 } vm;
@@ -125,6 +126,8 @@ void state_apply(struct cpu *cpu);
 /* The VMM's own ioctl on the VM: its result. */
 int state_set_memory(unsigned long request, const struct kvm_userspace_memory_region *region);
 bool state_has_memory(void);
+/* A slot that the VMM has set up before; under the lock. */
+void state_know_memory(uint32_t number, uint64_t first, uint64_t size, uint64_t address);
 /* Physical memory; virtual memory by way of what state_get_paging gives. */
 bool state_access_memory(bool write, uint64_t address, void *bytes, uint32_t length);
 bool state_get_paging(struct cpu *cpu, struct paging *paging);
@@ -166,8 +169,18 @@ int halt_set(bool halted);
 void halt_resume(void);
 /* The machine does not run until a debugger lets it. */
 void halt_at_start(void);
+/* While no debugger is there: has every vCPU leave the guest, and takes the lock, so that the VMM changes nothing. False: they do not. */
+bool halt_begin_silence(void);
+void halt_end_silence(void);
+/* On a vCPU's thread: until it is over. */
+void halt_wait_for_silence_to_end(void);
 /* A mask that the VMM sets for KVM_RUN, without the signal that fetches vCPUs out of the guest. */
 void halt_amend_mask(uint8_t *mask, uint32_t bytes);
+
+/* ---- kvm_slots.c ---- */
+
+/* Finds the slots that the VMM has set up before the agent came, if it can; `device` is the VMM's /dev/kvm, or -1. */
+void slots_find(int device);
 
 #pragma GCC visibility pop
 

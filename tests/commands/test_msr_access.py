@@ -93,14 +93,14 @@ def test_what_is_wrong_is_marked(loaded: Typist, line: str, message: str, marked
 
 
 def test_what_the_machine_refuses(loaded: Typist) -> None:
-    with pytest.raises(MsrError, match="^MSR 10 cannot be read on core 0: QEMU's emulation has none"):
+    with pytest.raises(MsrError, match=r"^MSR 10 cannot be read on core 0: QEMU's emulation has none"):
         loaded.types("rdmsr 10")
-    with pytest.raises(MsrError, match="^MSR 10 cannot be written on core 1: QEMU's emulation has none"):
+    with pytest.raises(MsrError, match=r"^MSR 10 cannot be written on core 1: QEMU's emulation has none"):
         loaded.types("wrmsr 10 0 core 1")
-    with pytest.raises(MsrError, match="^MSR 200 on core 0 does not take 5: a WRMSR of it would be #GP$"):
+    with pytest.raises(MsrError, match=r"^MSR 200 on core 0 does not take 5: a WRMSR of it would be #GP$"):
         loaded.types("wrmsr 200 5")
     loaded.link.door = "kvm"
-    with pytest.raises(MsrError, match="^core 0 has no MSR 10 that can be read: it would be #GP"):
+    with pytest.raises(MsrError, match=r"^core 0 has no MSR 10 that can be read: it would be #GP"):
         loaded.types("rdmsr 10")
 
 

@@ -37,9 +37,9 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def served(path: Path, name: str = "sequence", **options: str) -> Iterator[tuple[Debugger, Output]]:
+def served(path: Path, thread: str = "multi") -> Iterator[tuple[Debugger, Output]]:
     """A guest whose debugger is open to programs."""
-    with guest(name, **options) as (debugger, _, output):
+    with guest("sequence", thread=thread) as (debugger, _, output):
         server = Server(path, Requests(debugger).serve)
         try:
             yield debugger, output

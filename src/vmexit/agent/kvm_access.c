@@ -45,14 +45,12 @@ int access_write_msr(struct cpu *cpu, uint32_t msr, uint64_t value)
         return VMEXIT_NO_MSR;
     if (msrs_refuse_guest(cpu, msr, value))
         return VMEXIT_NO_VALUE;
+    if (!state_set_msr(cpu, msr, value))
+        return state_get_msr(cpu, msr, &before) ? VMEXIT_NO_VALUE : VMEXIT_NO_MSR;
     if (number >= 0) {
-        if (!state_would_take(cpu, (unsigned)number, value))
-            return VMEXIT_NO_VALUE;
         state_change(cpu, (unsigned)number, value);
         return VMEXIT_OK;
     }
-    if (!state_set_msr(cpu, msr, value))
-        return state_get_msr(cpu, msr, &before) ? VMEXIT_NO_VALUE : VMEXIT_NO_MSR;
     /* What the processor makes of it, where that is something else. */
     if (state_get_msr(cpu, msr, &before))
         value = before;

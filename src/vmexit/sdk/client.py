@@ -40,6 +40,11 @@ class DeviceError(VmexitError):
         self.status = status
 
 
+def _seconds(time: float) -> tuple[int, int]:
+    """As struct timeval; never 0, which would be for ever."""
+    return int(time), max(int(time % 1 * 1_000_000), 1)
+
+
 def _name(kind: type[Error] | type[Status], code: int) -> str:
     try:
         return kind(code).name
@@ -53,9 +58,12 @@ class Client:
     def __init__(self, path: str | Path, timeout: float | None = 10.0) -> None:
         """Connects. ``timeout``: seconds that an answer may take. Raises DeviceError where nobody listens."""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.settimeout(timeout)
         try:
+            # One without a timeout of Python's waits where many connect at the same time; this one ends that.
+            if timeout is not None:
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", *_seconds(timeout)))
             self._socket.connect(str(path))
+            self._socket.settimeout(timeout)
         except OSError as error:
             self._socket.close()
             raise DeviceError(f"there is no debugger at {path}: {error.strerror or error}") from None

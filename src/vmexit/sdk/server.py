@@ -19,6 +19,8 @@ from vmexit.sdk import wire
 from vmexit.sdk.codes import Status
 
 _MOST_CLIENTS = 64
+_WAITING = 512
+"""Programs that have connected and are not welcomed yet."""
 _LONGEST_PATH = 107
 """Bytes that the kernel takes as the name of a socket."""
 _CHUNK = 1 << 16
@@ -173,7 +175,7 @@ def _listen(path: Path) -> socket.socket:
         _make_room(path)
         listening.bind(str(path))
         os.chmod(path, 0o600)  # noqa: PTH101
-        listening.listen(_MOST_CLIENTS)
+        listening.listen(_WAITING)
         listening.setblocking(False)
     except OSError as error:
         listening.close()

@@ -200,8 +200,8 @@ WRONG_FIELDS = [
         ("actions", 8),
         ("actions", 16),
         ("actions", 255),
-        ("flags", 8),  # to ask first, but it does not ask
-        ("flags", 16),
+        ("flags", 16),  # to ask first, but it does not ask
+        ("flags", 32),
         ("flags", 255),
         ("condition", 1),
         ("condition", 0xFFFFFFFF),
@@ -225,6 +225,7 @@ def test_every_field_of_an_event(host: FakeHost, raw: socket.socket, field: str,
         "actions": 1,
         "flags": 3,
         "core": wire.ALL_CORES,
+        "process": wire.ALL_PROCESSES,
         "range_count": 1,
         "ranges": [(0, 0xFFFFFFFF)],
     }

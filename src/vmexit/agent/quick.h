@@ -99,7 +99,8 @@ static inline void fetch_back(const struct vcpu *vcpu)
 
 static inline bool event_asks_for_task(const struct vmexit_event *event)
 {
-    return event->process != VMEXIT_ALL_PROCESSES || (event->flags & VMEXIT_WITH_PROCESS);
+    /* A script may be enabling it. */
+    return event->process != VMEXIT_ALL_PROCESSES || (__atomic_load_n(&event->flags, __ATOMIC_RELAXED) & VMEXIT_WITH_PROCESS);
 }
 
 static inline uint64_t task_number(const struct task *task)

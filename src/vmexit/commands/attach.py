@@ -61,7 +61,7 @@ class DetachProcess(Command):
         usage=(".detach",),
         summary="make events be about all processes again",
         text="""Events that are made from now on are triggered by all processes, unless they say 'pid'. Events that there are
-already stay as they are. ('detach', without the dot, lets go of the machine.)""",
+already stay as they are. 'detach', without the dot, is another command: it lets go of the machine.""",
     )
 
     def run(self, session: Session, arguments: Arguments) -> None:

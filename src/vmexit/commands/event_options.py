@@ -319,7 +319,7 @@ def description(options: EventOptions) -> str:
     stage = next(name for name, stage in _STAGES.items() if stage == options.stage)
     parts = [f"stage {stage}", "all cores" if options.core is None else f"core {options.core:x}"]
     if options.process is not None:
-        parts.append(f"process {options.process:x}")
+        parts.append(f"process {options.process:x} (0n{options.process})")
     if options.changed:
         parts.append("what changes" if options.mask is None else f"what changes in {options.mask:x}")
     if options.value is not None:

@@ -161,14 +161,11 @@ def size(struct: str) -> int:
 def dtype(struct: str) -> np.dtype[np.void]:
     """The numpy type of ``struct vmexit_<struct>``; of its integer fields (arrays are padding there), unions included."""
     names, formats, offsets = [], [], []
-    fields = ffi.typeof(f"struct vmexit_{struct}").fields
-    unions = [(field.offset, field.type.fields) for _, field in fields if field.type.kind == "union"]
-    for start, within in [(0, fields), *unions]:
-        for name, field in within:
-            if field.type.kind == "primitive" and name != "reserved":
-                names.append(name)
-                formats.append(f"<u{ffi.sizeof(field.type)}")
-                offsets.append(start + field.offset)
+    for name, field in ffi.typeof(f"struct vmexit_{struct}").fields:
+        if field.type.kind == "primitive" and name != "reserved":
+            names.append(name)
+            formats.append(f"<u{ffi.sizeof(field.type)}")
+            offsets.append(field.offset)
     return np.dtype({"names": names, "formats": formats, "offsets": offsets, "itemsize": size(struct)})
 
 

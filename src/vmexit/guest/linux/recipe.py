@@ -100,7 +100,7 @@ def make_recipe(profile: Profile, slide: int, memory: VirtualMemory) -> Recipe:
         Step("pid", "task", profile.offset("task_struct.tgid"), 4, Check.PID),
         Step("comm", "task", profile.offset("task_struct.comm"), COMM_LENGTH),
         Step("mm", "task", profile.offset("task_struct.mm"), 8, Check.KERNEL_POINTER_OR_NULL),
-        Step("leader", "task", profile.offset("task_struct.group_leader"), 8, Check.KERNEL_POINTER),
+        Step("leader", "task", profile.offset("task_struct.group_leader"), 8, Check.KERNEL_POINTER_OR_NULL),
         Step("stack", "task", profile.offset("task_struct.stack"), 8, Check.KERNEL_POINTER_OR_NULL),
     ]
     bases = _bases(profile, slide, memory, steps[0].offset)

@@ -41,8 +41,10 @@ class Processes(Command):
         names=("ps",),
         usage=("ps",),
         summary="list the guest's processes",
-        text=f"""Lists the guest's processes: number, parent, state (as the guest's own ps has it), the address of the
-task_struct, name, and the path of the program within its file system. Threads of the kernel's own are processes, too.
+        text=f"""Lists the guest's processes: number, parent, state, the address of the kernel's structure for it (task_struct; of
+Windows EPROCESS), name, and the path of the program within its file system. In Linux threads of the kernel's own are processes,
+too, and the state is what the guest's own ps shows. In Windows only threads have a state: R running, r ready, s chosen to run
+next, W waiting, t waiting for its stack, X ended.
 
 {_NUMBERS}""",
         examples=(("ps", "lists them"),),

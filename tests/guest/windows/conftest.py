@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.guest.windows.fake_windows import FakeWindows
+from vmexit.guest.linux.cache import Cache
 from vmexit.guest.store import Store
 from vmexit.guest.system import Help, Recognised
 from vmexit.guest.windows.recognise import recognise
 from vmexit.guest.windows.running import Windows
-
-Attach = Callable[[FakeWindows], Windows]
 
 
 @pytest.fixture
@@ -34,3 +32,9 @@ def attach(guest: FakeWindows) -> Windows:
     system = look(guest).system
     assert isinstance(system, Windows)
     return system
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    """An empty one."""
+    return Cache(tmp_path / "linux")

@@ -120,9 +120,8 @@ def parse_pdb(data: bytes) -> Profile:
 
 def _symbols(streams: Streams, dbi: bytes, header: tuple[int, ...]) -> Symbols:
     """The public symbols, as RVAs."""
-    records, parts, last = header[8], header[9:14], header[15]
-    machine_parts = header[16]
-    start = _DBI_HEADER.size + sum(max(part, 0) for part in (*parts, machine_parts))
+    records, parts, last = header[7], (*header[9:14], header[16]), header[15]
+    start = _DBI_HEADER.size + sum(max(part, 0) for part in parts)
     named = struct.unpack_from(f"<{max(last, 0) // 2}H", dbi, start) if start + max(last, 0) <= len(dbi) else ()
 
     def stream(index: int) -> bytes:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 
+from vmexit.errors import VmexitError
 from vmexit.guest import paging
 from vmexit.guest.memory import Machine, PhysicalMemory
 from vmexit.guest.store import Store
@@ -22,25 +24,33 @@ def recognise(machine: Machine, core: int, *, given: Help, lstar: int | None, st
 
     ``lstar``: the address that the guest gives SYSCALL, where that is known; ``store``: where what PDBs say is kept.
     """
-    registers = machine.registers(core)
-    if not paging.is_long_mode(registers["cr0"], registers["efer"]):
+    in_long_mode = [own for own in _registers(machine, core) if paging.is_long_mode(own["cr0"], own["efer"])]
+    if not in_long_mode:
         raise NotRecognisedError("no Windows: not in 64-bit mode")
-    kernel = find_kernel(PhysicalMemory(machine), registers, lstar)
+    physical = PhysicalMemory(machine)
+    kernel = next(filter(None, (find_kernel(physical, registers, lstar) for registers in in_long_mode)), None)
     if kernel is None:
         raise NotRecognisedError("no Windows: no ntoskrnl.exe lies below what GS or LSTAR leads to")
     remarks: list[str] = []
     profile, source = _profile(kernel, given, store, remarks)
     windows = Windows(kernel, profile)
-    for each in range(machine.vcpus):
-        own: Mapping[str, int] = registers if each == core else machine.registers(each)
-        if paging.is_long_mode(own["cr0"], own["efer"]):
-            for base in kpcr_of(windows.memory, own):
-                windows.add_processor(base)
+    for registers in in_long_mode:
+        for base in kpcr_of(windows.memory, registers):
+            windows.add_processor(base)
     try:
         source += f"; where processes are: {windows.process_source}"
     except ProcessesUnknownError as error:
         remarks.append(str(error))
     return Recognised(windows, Stacks(windows), source, tuple(remarks))
+
+
+def _registers(machine: Machine, core: int) -> Iterator[Mapping[str, int]]:
+    """Those of the vCPU ``core``, and then of the others as far as they stand, too."""
+    yield machine.registers(core)
+    for each in range(machine.vcpus):
+        if each != core:
+            with contextlib.suppress(VmexitError):
+                yield machine.registers(each)
 
 
 def _profile(kernel: Kernel, given: Help, store: Store, remarks: list[str]) -> tuple[Profile | None, str]:

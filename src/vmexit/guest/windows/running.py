@@ -270,9 +270,10 @@ class Windows:
             yield Candidate("its PDB", self.profile.offsets)
         derived = read_offsets(self.memory, self.image)
         row = layout.table().offsets(self.build)
-        if row is not None and all(row.get(member, offset) == offset for member, offset in derived.items()):
+        if row is not None and derived and all(row.get(member, offset) == offset for member, offset in derived.items()):
             yield Candidate("its exported functions, and the table of builds", {**row, **derived})
-        yield Candidate("its exported functions", derived)
+        if derived:
+            yield Candidate("its exported functions", derived)
         if row is not None:
             yield Candidate("the table of builds", row)
 

@@ -20,6 +20,7 @@ _MOST_TYPES = 1 << 20
 _MOST_MEMBERS = 0xFFFF
 _MOST_CONTINUED = 64
 _DEEPEST = 16
+_MOST_NESTED = 200
 _FORWARD = 0x80
 _MODIFIER, _POINTER, _PROCEDURE, _MFUNCTION, _FIELDS, _BITFIELD = 0x1001, 0x1002, 0x1008, 0x1009, 0x1203, 0x1205
 _ARRAY, _CLASS, _STRUCTURE, _UNION, _ENUM = 0x1503, 0x1504, 0x1505, 0x1506, 0x1507
@@ -192,10 +193,12 @@ class _Types:
 
     def _fields(self, number: int) -> Iterator[_Field]:
         """What a list of fields holds, with the lists that continue it."""
+        seen: set[int] = set()
         for _ in range(_MOST_CONTINUED):
             leaf, at = self._record(number)
-            if leaf != _FIELDS:
+            if leaf != _FIELDS or number in seen:
                 return
+            seen.add(number)
             end = self._end(at)
             number = 0
             while at + 4 <= end:
@@ -233,12 +236,14 @@ class _Types:
     def offset(self, owner: str, member: str) -> int | None:
         """Of a member, also of a nameless member's."""
         number = self._defined.get(owner)
-        return None if number is None else self._offset_in(number, member, 0)
+        return None if number is None else self._offset_in(number, member, set())
 
-    def _offset_in(self, number: int, member: str, depth: int) -> int | None:
+    def _offset_in(self, number: int, member: str, seen: set[int]) -> int | None:
+        """``seen``: types that need not be searched again; one that holds itself would be for ever."""
         leaf, at = self._record(number)
-        if leaf not in (_CLASS, _STRUCTURE, _UNION) or depth > _DEEPEST:
+        if leaf not in (_CLASS, _STRUCTURE, _UNION) or number in seen or len(seen) > _MOST_NESTED:
             return None
+        seen.add(number)
         nameless = []
         for each in islice(self._fields(self._aggregate(leaf, at).fields), _MOST_MEMBERS):
             if each.name == member:
@@ -246,7 +251,7 @@ class _Types:
             if not each.name:
                 nameless.append(each)
         for each in nameless:
-            inner = self._offset_in(each.type, member, depth + 1)
+            inner = self._offset_in(each.type, member, seen)
             if inner is not None:
                 return each.offset + inner
         return None

@@ -13,7 +13,7 @@ from vmexit.commands.layout import address_text as at
 from vmexit.errors import VmexitError
 
 GUEST = FakeWindows()
-LINE = f"Windows 10 22H2 x86_64, build 19045, base {BASE:#x}, 18 symbols, 2 modules"
+LINE = f"Windows 10 22H2 x86_64, build 19045, base {BASE:#x}, 19 symbols, 2 modules"
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_process_and_thread(booted: Typist) -> None:
 
 def test_symbols(booted: Typist) -> None:
     assert booted.types("lm").split("\n")[1:] == [
-        f"{at(BASE)}  {at(BASE + SIZE)}        18  nt",
+        f"{at(BASE)}  {at(BASE + SIZE)}        19  nt",
         f"{at(DRIVER)}  {at(DRIVER + 0x4000)}         2  NDIS",
         f"{at(DRIVER + 0x10_0000)}  {at(DRIVER + 0x10_3000)}         0  my_filter",
     ]

@@ -87,7 +87,12 @@ def kernel_types(layout: Layout) -> bytes:
     low = types.add(BITFIELD, struct.pack("<IBB", ULONG, 3, 0))
     high = types.add(BITFIELD, struct.pack("<IBB", ULONG, 29, 3))
     flags = types.structure("__unnamed_12", 4, types.fields([("Kind", low, 0), ("Rest", high, 0)]), leaf=UNION)
-    thread = [("StackLimit", VOID_POINTER, 0x30), ("StackBase", VOID_POINTER, 0x38), ("State", UCHAR, layout.state)]
+    thread = [
+        ("StackLimit", VOID_POINTER, 0x30),
+        ("StackBase", VOID_POINTER, 0x38),
+        ("State", UCHAR, layout.state),
+        ("Teb", VOID_POINTER, 0xF0),
+    ]
     thread += [("", flags, 0x188), ("Process", process_pointer, layout.thread_process)]
     thread_number = types.structure("_KTHREAD", 0x430, types.fields([*thread, ("ThreadListEntry", own, layout.thread_links)]))
     client = types.structure(

@@ -89,6 +89,7 @@ def functions(layout: Layout) -> dict[str, bytes]:
         "PsGetProcessInheritedFromUniqueProcessId": _load(layout.parent),
         "PsGetProcessPeb": _load(layout.peb),
         "PsGetThreadId": _load(layout.cid + 8),
+        "PsGetThreadTeb": _load(0xF0),
         "PsGetThreadProcess": _load(layout.thread_process),
         "PsGetThreadProcessId": _load(layout.cid),
     }
@@ -424,6 +425,7 @@ class FakeWindows:
         self.u64(thread + 0x38, stack + STACK)
         self.u64(thread + layout.thread_process, self.processes[pid])
         self.u64(thread + 0xB8, self.processes[pid])
+        self.u64(thread + 0xF0, 0x7FF6_2000_0000 + tid * 0x800 if pid > 4 else 0)
         self.u64(thread + layout.cid, pid)
         self.u64(thread + layout.cid + 8, tid)
         self.write(thread + layout.state, b"\x05")

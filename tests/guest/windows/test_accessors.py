@@ -94,6 +94,7 @@ def test_all_that_is_told(layout: Layout) -> None:
         "_EPROCESS.ImageFileName": build.image_name,
         "_EPROCESS.Peb": build.peb,
         "_KTHREAD.Process": build.thread_process,
+        "_KTHREAD.Teb": 0xF0,
         "_KTHREAD.StackBase": 0x38,
         "_KTHREAD.StackLimit": 0x30,
         "_ETHREAD.Cid": build.cid,

@@ -69,6 +69,7 @@ def test_what_it_says(layout: Layout, block: int) -> None:
         "_KTHREAD.ThreadListEntry": layout.thread_links,
         "_KTHREAD.Process": layout.thread_process,
         "_KTHREAD.State": layout.state,
+        "_KTHREAD.Teb": 0xF0,
         "_KTHREAD.StackBase": 0x38,
         "_KTHREAD.StackLimit": 0x30,
         "_ETHREAD.Cid": layout.cid,

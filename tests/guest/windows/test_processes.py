@@ -135,15 +135,18 @@ def test_the_recipe_is_plain_data() -> None:
         tuple(guest.kpcrs),
         (
             Step("self", "cpu", 0x18, 8, Check.SELF),
-            Step("thread", "cpu", 0x188, 8, Check.KERNEL_POINTER),
-            Step("tid", "thread", 0x480, 4, Check.PID),
-            Step("process", "thread", 0x220, 8, Check.KERNEL_POINTER),
-            Step("pid", "process", 0x440, 4, Check.PID),
-            Step("name", "process", 0x5A8, 15),
+            Step("task", "cpu", 0x188, 8, Check.KERNEL_POINTER),
+            Step("tid", "task", 0x480, 4, Check.PID),
+            Step("leader", "task", 0x220, 8, Check.KERNEL_POINTER),
+            Step("pid", "leader", 0x440, 4, Check.PID),
+            Step("comm", "leader", 0x5A8, 15),
+            Step("stack", "task", 0x30, 8, Check.KERNEL_POINTER_OR_NULL),
+            Step("teb", "task", 0xF0, 8),
+            Step("peb", "leader", 0x550, 8),
         ),
     )
     found = follow(recipe, guest.kpcrs[0], guest.read)
-    assert found is not None and (found["pid"], found["tid"], found["name"]) == (0x1234, 0x123C, b"a-long-program\0")
+    assert found is not None and (found["pid"], found["tid"], found["comm"]) == (0x1234, 0x123C, b"a-long-program\0")
 
 
 @pytest.mark.parametrize("thread", [0, 8, 0x1000, HEAP + 1, HEAP + 0x7000_0000, (1 << 64) - 8])

@@ -48,7 +48,7 @@ def test_the_three_builds(layout: Layout) -> None:
     guest = FakeWindows(layout)
     found = look(guest)
     windows = found.system
-    assert windows.describe() == f"{layout.name} x86_64, build {layout.build}, base {BASE:#x}, 18 symbols, 2 modules"
+    assert windows.describe() == f"{layout.name} x86_64, build {layout.build}, base {BASE:#x}, 19 symbols, 2 modules"
     assert windows.built == f"ntkrnlmp.pdb {KEY}"
     assert found.source == ("the guest's memory (exports); where processes are: its exported functions, and the table of builds")
     assert found.remarks == () and windows.extent == (BASE, BASE + SIZE)

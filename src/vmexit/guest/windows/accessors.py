@@ -146,6 +146,7 @@ def read_offsets(memory: VirtualMemory, image: Image) -> dict[str, int]:
     keep(layout.PARENT_ID, result("PsGetProcessInheritedFromUniqueProcessId"), "argument")
     keep(layout.PEB, result("PsGetProcessPeb"), "argument")
     keep(layout.THREAD_PROCESS, result("PsGetThreadProcess", "IoThreadToProcess"), "argument")
+    keep(layout.TEB, result("PsGetThreadTeb"), "argument")
     keep(layout.CLIENT_ID, result("PsGetThreadProcessId"), "argument")
     name = result("PsGetProcessImageFileName")
     if name and name.base == "argument" and not name.loads:

@@ -105,7 +105,7 @@ class Tasks:
         found = recipes.follow(recipe, base, self._memory.read)
         if found is None:
             return None
-        thread, process, pid, tid, name = (found[step] for step in ("thread", "process", "pid", "tid", "name"))
+        thread, process, pid, tid, name = (found[step] for step in ("task", "leader", "pid", "tid", "comm"))
         assert isinstance(thread, int) and isinstance(process, int) and isinstance(pid, int) and isinstance(tid, int)
         assert isinstance(name, bytes)
         return Task(thread, pid, tid, _name(name), process, self._is_kernels(process, pid))
@@ -276,15 +276,21 @@ class Tasks:
 def make_recipe(known: Known) -> Recipe:
     """The way from a KPCR to the thread that its CPU executes."""
     offsets = known.offsets
-    steps = (
+    steps = [
         Step("self", CPU, KPCR_SELF, 8, Check.SELF),
-        Step("thread", CPU, KPRCB + offsets[layout.CURRENT_THREAD], 8, Check.KERNEL_POINTER),
-        Step("tid", "thread", offsets[layout.CLIENT_ID] + 8, 4, Check.PID),
-        Step("process", "thread", offsets[layout.THREAD_PROCESS], 8, Check.KERNEL_POINTER),
-        Step("pid", "process", offsets[layout.PROCESS_ID], 4, Check.PID),
-        Step("name", "process", offsets[layout.PROCESS_NAME], NAME_LENGTH),
-    )
-    return Recipe(known.bases, steps)
+        Step("task", CPU, KPRCB + offsets[layout.CURRENT_THREAD], 8, Check.KERNEL_POINTER),
+        Step("tid", "task", offsets[layout.CLIENT_ID] + 8, 4, Check.PID),
+        Step("leader", "task", offsets[layout.THREAD_PROCESS], 8, Check.KERNEL_POINTER),
+        Step("pid", "leader", offsets[layout.PROCESS_ID], 4, Check.PID),
+        Step("comm", "leader", offsets[layout.PROCESS_NAME], NAME_LENGTH),
+    ]
+    if layout.STACK_LIMIT in offsets:
+        steps.append(Step("stack", "task", offsets[layout.STACK_LIMIT], 8, Check.KERNEL_POINTER_OR_NULL))
+    # Both are a program's addresses, or 0.
+    for result, source, member in (("teb", "task", layout.TEB), ("peb", "leader", layout.PEB)):
+        if member in offsets:
+            steps.append(Step(result, source, offsets[member], 8))
+    return Recipe(known.bases, tuple(steps))
 
 
 def read_unicode_string(memory: VirtualMemory, address: int, most: int) -> str:

@@ -66,6 +66,16 @@ class Windows:
         except UnreadableError:
             return False
 
+    def is_same(self, other: object) -> bool:
+        """Whether two are one kernel at one place."""
+        if not isinstance(other, Windows):
+            return False
+        return (self.image.base, self.image.identity) == (other.image.base, other.image.identity)
+
+    def is_entered_at(self, lstar: int) -> bool:
+        """Whether that can be the address which this kernel gives SYSCALL."""
+        return self.image.is_code(lstar - self.image.base)
+
     # ---- what it is ----
 
     @cached_property

@@ -125,7 +125,7 @@ def _has_threads(memory: VirtualMemory, known: Known) -> bool:
     recipe = make_recipe(known)
     for base in known.bases:
         found = follow(recipe, base, memory.read)
-        thread = found.get("thread") if found else None
+        thread = found.get("task") if found else None
         task = tasks.read_thread(thread) if isinstance(thread, int) else None
         if task is None or not _owner_is(memory, known, task):
             return False

@@ -20,7 +20,7 @@ from vmexit.guest.windows.pe import Image, PeError
 KERNEL_NAMES = frozenset({"ntoskrnl.exe", "ntkrnlmp.exe"})
 KPCR_SELF, KPCR_PRCB, KPCR_IDT, KPRCB = 0x18, 0x20, 0x38, 0x180
 """Offsets in the KPCR, in every Windows for x86-64: its own address, that of the KPRCB in it, that of the interrupt table."""
-_FURTHEST = 64 << 20
+_FURTHEST = 32 << 20
 """The kernel's image is smaller: 10 to 22 MB up to Windows 11 24H2."""
 _LARGE_PAGE = 2 << 20
 _MOST_PAGES_READ = 8192
@@ -58,10 +58,14 @@ def find_kernel(physical: PhysicalMemory, registers: Mapping[str, int], lstar: i
     levels = paging.levels_of(registers["cr4"])
     first = VirtualMemory(physical, registers["cr3"], levels)
     for memory in (first, *_shadowed(first, registers)):
+        searched: set[int] = set()
         for start in _starts(memory, registers, lstar):
-            image = search_down(memory, start)
-            if image is not None:
-                return Kernel(image, memory)
+            # What lies so near to each other is of one image, or of none.
+            if start & -_LARGE_PAGE not in searched:
+                searched.add(start & -_LARGE_PAGE)
+                image = search_down(memory, start)
+                if image is not None:
+                    return Kernel(image, memory)
     return None
 
 

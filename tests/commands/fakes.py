@@ -10,16 +10,18 @@ from typing import cast
 import numpy as np
 
 from tests.guest.linux.fake_linux import FakeLinux
+from tests.guest.windows.fake_windows import FakeWindows
 from vmexit.commands import registry
 from vmexit.commands.session import Session
 from vmexit.debugger import Debugger
 from vmexit.errors import CommandError, TargetError
 from vmexit.guest.linux.cache import Cache
+from vmexit.guest.registers import find
 from vmexit.guest_view import GuestView
 from vmexit.link import wire
 from vmexit.link.client import Link, RequestError
 from vmexit.link.rings import Records, joined
-from vmexit.link.wire import Access, Action, Capability, RecordFlag, Stage, Status, constant
+from vmexit.link.wire import Access, Action, Capability, RecordFlag, Stage, Status
 from vmexit.targets.base import Notice, NoticeKind, OnlyLooks, Untrappable
 
 PAGE = 0x1000
@@ -313,10 +315,10 @@ class Typist:
     def put(self, core: int = 0, **registers: int) -> None:
         """Gives registers values."""
         for name, value in registers.items():
-            self.link.values[core][constant(name.upper())] = value
+            self.link.values[core][find(name).number] = value
 
-    def boot(self, guest: FakeLinux, cache: Path | None = None) -> None:
-        """Makes the guest's memory and registers those of a Linux. ``cache``: what is kept of it, by default nothing."""
+    def boot(self, guest: FakeLinux | FakeWindows, cache: Path | None = None) -> None:
+        """Makes the guest's memory and registers those of a made-up system. ``cache``: what is kept of it, by default nothing."""
         for number, page in guest.pages.items():
             self.link.pages[True, number] = bytes(page)
             for virtual in guest.virtual(number * PAGE):

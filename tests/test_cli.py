@@ -80,6 +80,7 @@ def test_help(arguments: list[str], capsys: Shown) -> None:
         (["run", "--script", "/", "--"], "--script /: Is a directory"),
         (["run", "--kernel-image", "/nonexistent/file", "--"], "there is no file /nonexistent/file"),
         (["run", "--system-map", "/", "--"], "there is no file /"),
+        (["run", "--pdb", "/nonexistent.pdb", "--"], "there is no file /nonexistent.pdb"),
         (["run", "--vmlinux", "a", "--kernel-image", "b", "--"], "argument --kernel-image: not allowed with argument --vmlinux"),
         (["doctor", "--", "x"], "only 'vmexit run' takes arguments behind --"),
         (["msr", "lsttar"], "there is no MSR 'lsttar': did you mean LSTAR, STAR, CSTAR?"),

@@ -7,6 +7,7 @@ row has its return address at RSP. Where that does not lead on, what is left is 
 
 from __future__ import annotations
 
+import enum
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,18 +23,36 @@ from vmexit.guest.windows.running import Windows
 # As instructions and unwind codes number them.
 _REGISTERS = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", *(f"r{number}" for number in range(8, 16)))
 _CHAINED = 4
-_PUSH, _ALLOC_LARGE, _ALLOC_SMALL, _SET_FRAME, _SAVE, _SAVE_FAR, _EPILOG, _SPARE, _XMM, _XMM_FAR, _MACHINE_FRAME = range(11)
+
+
+class _Operation(enum.IntEnum):
+    """UWOP_... of an unwind code."""
+
+    PUSH = 0
+    ALLOC_LARGE = 1
+    ALLOC_SMALL = 2
+    SET_FRAME = 3
+    SAVE = 4
+    SAVE_FAR = 5
+    EPILOG = 6
+    SPARE = 7
+    SAVE_XMM = 8
+    SAVE_XMM_FAR = 9
+    MACHINE_FRAME = 10
+
+
+# How many slots of 2 bytes each takes; ALLOC_LARGE has two forms.
 _SLOTS = {
-    _PUSH: 1,
-    _ALLOC_SMALL: 1,
-    _SET_FRAME: 1,
-    _SAVE: 2,
-    _SAVE_FAR: 3,
-    _EPILOG: 1,
-    _SPARE: 2,
-    _XMM: 2,
-    _XMM_FAR: 3,
-    _MACHINE_FRAME: 1,
+    _Operation.PUSH: 1,
+    _Operation.ALLOC_SMALL: 1,
+    _Operation.SET_FRAME: 1,
+    _Operation.SAVE: 2,
+    _Operation.SAVE_FAR: 3,
+    _Operation.EPILOG: 1,
+    _Operation.SPARE: 2,
+    _Operation.SAVE_XMM: 2,
+    _Operation.SAVE_XMM_FAR: 3,
+    _Operation.MACHINE_FRAME: 1,
 }
 _MOST_CHAINED = 32
 _LARGEST_STACK = 0x1_8000
@@ -168,7 +187,7 @@ class Stacks:
         index = 0
         while index < count:
             operation, info = words[index] >> 8 & 15, words[index] >> 12
-            slots = (3 if info else 2) if operation == _ALLOC_LARGE else _SLOTS.get(operation, 0)
+            slots = (3 if info else 2) if operation == _Operation.ALLOC_LARGE else _SLOTS.get(operation, 0)
             if not slots or index + slots > count:
                 raise UnreadableError(image.base + rva)
             codes.append(_Code(words[index] & 0xFF, operation, info, words[index + 1 : index + slots]))
@@ -181,25 +200,27 @@ class Stacks:
     def _undo(self, unwind: _Unwind, registers: dict[str, int], offset: int) -> bool:
         """Undoes what of a prolog has been executed ``offset`` bytes into it; whether the processor's own frame comes next."""
         read = self._windows.memory.u64
-        has_frame = any(code.operation == _SET_FRAME and code.at <= offset for code in unwind.codes)
+        has_frame = any(code.operation == _Operation.SET_FRAME and code.at <= offset for code in unwind.codes)
         frame = registers[_REGISTERS[unwind.frame_register]] - unwind.frame_offset if has_frame else registers["rsp"]
         for code in unwind.codes:
-            if code.at > offset or code.operation == _EPILOG:
+            if code.at > offset or code.operation == _Operation.EPILOG:
                 continue
             operands = sum(word << 16 * index for index, word in enumerate(code.operands))
             match code.operation:
-                case 0:  # PUSH
+                case _Operation.PUSH:
                     registers[_REGISTERS[code.info]] = read(registers["rsp"])
                     registers["rsp"] += 8
-                case 1:  # ALLOC_LARGE
+                case _Operation.ALLOC_LARGE:
                     registers["rsp"] += operands if code.info else operands * 8
-                case 2:  # ALLOC_SMALL
+                case _Operation.ALLOC_SMALL:
                     registers["rsp"] += code.info * 8 + 8
-                case 3:  # SET_FRAME
+                case _Operation.SET_FRAME:
                     registers["rsp"] = frame
-                case 4 | 5:  # SAVE, SAVE_FAR
-                    registers[_REGISTERS[code.info]] = read(frame + (operands * 8 if code.operation == _SAVE else operands))
-                case 10:  # MACHINE_FRAME
+                case _Operation.SAVE | _Operation.SAVE_FAR:
+                    registers[_REGISTERS[code.info]] = read(
+                        frame + (operands * 8 if code.operation == _Operation.SAVE else operands)
+                    )
+                case _Operation.MACHINE_FRAME:
                     registers["rsp"] += 8 * code.info
                     return True
             registers["rsp"] &= _MASK64

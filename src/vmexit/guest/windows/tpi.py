@@ -6,6 +6,7 @@ members, and whatever a kernel written in C does not have.
 
 from __future__ import annotations
 
+import enum
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -22,11 +23,34 @@ _MOST_CONTINUED = 64
 _DEEPEST = 16
 _MOST_NESTED = 200
 _FORWARD = 0x80
-_MODIFIER, _POINTER, _PROCEDURE, _MFUNCTION, _FIELDS, _BITFIELD = 0x1001, 0x1002, 0x1008, 0x1009, 0x1203, 0x1205
-_ARRAY, _CLASS, _STRUCTURE, _UNION, _ENUM = 0x1503, 0x1504, 0x1505, 0x1506, 0x1507
-_BASE, _MORE, _TABLE, _ENUMERATOR, _MEMBER = 0x1400, 0x1404, 0x1409, 0x1502, 0x150D
-_STATIC, _METHODS, _NESTED, _METHOD = 0x150E, 0x150F, 0x1510, 0x1511
-_AGGREGATES = frozenset({_CLASS, _STRUCTURE, _UNION, _ENUM})
+
+
+class _Leaf(enum.IntEnum):
+    """LF_... of a record, or of a part of a list of fields."""
+
+    MODIFIER = 0x1001
+    POINTER = 0x1002
+    PROCEDURE = 0x1008
+    METHOD_TYPE = 0x1009
+    FIELDS = 0x1203
+    BITFIELD = 0x1205
+    BASE = 0x1400
+    MORE = 0x1404
+    TABLE = 0x1409
+    ENUMERATOR = 0x1502
+    ARRAY = 0x1503
+    CLASS = 0x1504
+    STRUCTURE = 0x1505
+    UNION = 0x1506
+    ENUM = 0x1507
+    MEMBER = 0x150D
+    STATIC = 0x150E
+    METHODS = 0x150F
+    NESTED = 0x1510
+    METHOD = 0x1511
+
+
+_AGGREGATES = frozenset({_Leaf.CLASS, _Leaf.STRUCTURE, _Leaf.UNION, _Leaf.ENUM})
 _NUMBERS = {0x8000: "<b", 0x8001: "<h", 0x8002: "<H", 0x8003: "<i", 0x8004: "<I", 0x8009: "<q", 0x800A: "<Q"}
 _INTRODUCES = (4, 6)
 _SIGNED, _CHAR, _BOOL = 1, 2, 4
@@ -177,12 +201,12 @@ class _Types:
 
     def _aggregate(self, leaf: int, at: int) -> _Aggregate:
         _, properties, *_ = struct.unpack_from("<HH", self._data, at)
-        if leaf == _ENUM:
+        if leaf == _Leaf.ENUM:
             size, fields = struct.unpack_from("<II", self._data, at + 4)
             rest = at + 12
         else:
             (fields,) = struct.unpack_from("<I", self._data, at + 4)
-            size, rest = self._number(at + (8 if leaf == _UNION else 16))
+            size, rest = self._number(at + (8 if leaf == _Leaf.UNION else 16))
         name = self._text(rest)[0]
         return _Aggregate(leaf, "" if name.startswith(("<", "__unnamed")) else name, fields, size, bool(properties & _FORWARD))
 
@@ -196,7 +220,7 @@ class _Types:
         seen: set[int] = set()
         for _ in range(_MOST_CONTINUED):
             leaf, at = self._record(number)
-            if leaf != _FIELDS or number in seen:
+            if leaf != _Leaf.FIELDS or number in seen:
                 return
             seen.add(number)
             end = self._end(at)
@@ -209,25 +233,25 @@ class _Types:
                 kind, _ = struct.unpack_from("<HH", self._data, at)
                 at += 4
                 match kind:
-                    case 0x150D:  # MEMBER
+                    case _Leaf.MEMBER:
                         (target,) = struct.unpack_from("<I", self._data, at)
                         offset, at = self._number(at + 4)
                         name, at = self._text(at)
                         yield _Field(name, target, offset)
-                    case 0x1502:  # ENUMERATOR
+                    case _Leaf.ENUMERATOR:
                         value, at = self._number(at)
                         name, at = self._text(at)
                         yield _Field(name, 0, value)
-                    case 0x1404:  # MORE
+                    case _Leaf.MORE:
                         (number,) = struct.unpack_from("<I", self._data, at)
                         at += 4
-                    case 0x1400:  # BASE
+                    case _Leaf.BASE:
                         at = self._number(at + 4)[1]
-                    case 0x1409:  # TABLE
+                    case _Leaf.TABLE:
                         at += 4
-                    case 0x150E | 0x150F | 0x1510:  # STATIC, METHODS, NESTED
+                    case _Leaf.STATIC | _Leaf.METHODS | _Leaf.NESTED:
                         at = self._text(at + 4)[1]
-                    case 0x1511:  # METHOD
+                    case _Leaf.METHOD:
                         introduces = struct.unpack_from("<H", self._data, at - 2)[0] >> 2 & 7 in _INTRODUCES
                         at = self._text(at + (8 if introduces else 4))[1]
                     case _:
@@ -241,7 +265,7 @@ class _Types:
     def _offset_in(self, number: int, member: str, seen: set[int]) -> int | None:
         """``seen``: types that need not be searched again; one that holds itself would be for ever."""
         leaf, at = self._record(number)
-        if leaf not in (_CLASS, _STRUCTURE, _UNION) or number in seen or len(seen) > _MOST_NESTED:
+        if leaf not in (_Leaf.CLASS, _Leaf.STRUCTURE, _Leaf.UNION) or number in seen or len(seen) > _MOST_NESTED:
             return None
         seen.add(number)
         nameless = []
@@ -291,18 +315,18 @@ class _Types:
         data = self._data
         if leaf in _AGGREGATES:
             self._write_aggregate(writer, self._aggregate(leaf, at))
-        elif leaf == _POINTER:
+        elif leaf == _Leaf.POINTER:
             writer.add(Kind.PTR, "", self._btf(struct.unpack_from("<I", data, at)[0]))
-        elif leaf == _MODIFIER:
+        elif leaf == _Leaf.MODIFIER:
             target, flags = struct.unpack_from("<IH", data, at)
             writer.add(Kind.CONST if flags & 1 else Kind.VOLATILE, "", self._btf(target))
-        elif leaf == _ARRAY:
+        elif leaf == _Leaf.ARRAY:
             element, index = struct.unpack_from("<II", data, at)
             size = self._number(at + 8)[0]
             each = self._size(element, 0)
             count = size // each if each else 0
             writer.add(Kind.ARRAY, "", 0, behind=struct.pack("<III", self._btf(element), self._btf(index), count & 0xFFFF_FFFF))
-        elif leaf in (_PROCEDURE, _MFUNCTION):
+        elif leaf in (_Leaf.PROCEDURE, _Leaf.METHOD_TYPE):
             writer.add(Kind.FUNC_PROTO, "", self._btf(struct.unpack_from("<I", data, at)[0]))
         else:
             writer.add(Kind.TYPEDEF, "", 0)
@@ -310,7 +334,7 @@ class _Types:
     def _write_aggregate(self, writer: _Writer, found: _Aggregate) -> None:
         if found.is_forward:
             writer.add(Kind.FWD, found.name, 0)
-        elif found.leaf == _ENUM:
+        elif found.leaf == _Leaf.ENUM:
             fields = list(islice(self._fields(found.fields), _MOST_MEMBERS))
             behind = b"".join(struct.pack("<II", writer.name(each.name), each.offset & 0xFFFF_FFFF) for each in fields)
             is_signed = any(each.offset < 0 for each in fields)
@@ -325,13 +349,13 @@ class _Types:
                 if has_bits:
                     place = length << 24 | place & 0xFF_FFFF
                 rows.append(struct.pack("<III", writer.name(each.name), self._btf(target), place & 0xFFFF_FFFF))
-            kind = Kind.UNION if found.leaf == _UNION else Kind.STRUCT
+            kind = Kind.UNION if found.leaf == _Leaf.UNION else Kind.STRUCT
             writer.add(kind, found.name, found.size, len(rows), flag=has_bits, behind=b"".join(rows))
 
     def _bits(self, number: int) -> tuple[int, int, int]:
         """The type of a member, and if it is a bit field its first bit and its width."""
         leaf, at = self._record(number)
-        if leaf != _BITFIELD:
+        if leaf != _Leaf.BITFIELD:
             return number, 0, 0
         target, length, position = struct.unpack_from("<IBB", self._data, at)
         return target, position, length
@@ -343,15 +367,15 @@ class _Types:
         leaf, at = self._record(number)
         if depth > _DEEPEST:
             return 0
-        if leaf == _POINTER:
+        if leaf == _Leaf.POINTER:
             return 8
-        if leaf == _ARRAY:
+        if leaf == _Leaf.ARRAY:
             return self._number(at + 8)[0]
-        if leaf in (_MODIFIER, _BITFIELD):
+        if leaf in (_Leaf.MODIFIER, _Leaf.BITFIELD):
             return self._size(struct.unpack_from("<I", self._data, at)[0], depth + 1)
         if leaf in _AGGREGATES:
             if number in self._forwards:
                 return self._size(self._forwards[number], depth + 1)
             found = self._aggregate(leaf, at)
-            return self._size(found.size, depth + 1) if leaf == _ENUM else found.size
+            return self._size(found.size, depth + 1) if leaf == _Leaf.ENUM else found.size
         return 0

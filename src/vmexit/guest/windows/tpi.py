@@ -53,7 +53,7 @@ class _Leaf(enum.IntEnum):
 _AGGREGATES = frozenset({_Leaf.CLASS, _Leaf.STRUCTURE, _Leaf.UNION, _Leaf.ENUM})
 _NUMBERS = {0x8000: "<b", 0x8001: "<h", 0x8002: "<H", 0x8003: "<i", 0x8004: "<I", 0x8009: "<q", 0x800A: "<Q"}
 _INTRODUCES = (4, 6)
-_SIGNED, _CHAR, _BOOL = 1, 2, 4
+_SIGNED, _BOOL = 1, 4
 # The lower byte of the number of a basic type: name, bytes, encoding as BTF has it.
 _BASIC = {
     0x03: ("void", 0, 0),

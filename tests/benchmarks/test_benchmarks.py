@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as bench
-from benchmarks import worker
+from benchmarks import code, worker
 from benchmarks.common import BenchmarkError, Case, Sample, Target, child, interleave, results, table
 from benchmarks.loop import Loop
 
@@ -42,6 +42,14 @@ def test_the_cheap_cases(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_a_case_sees_every_event(case: str, count: int) -> None:
     sample = child("benchmarks.worker", [case, str(count)], 60)
     assert sample.events == count and sample.seconds > 0
+
+
+def test_the_cases_of_machine_code_see_every_event_and_hold_nowhere() -> None:
+    for given in ({"condition": code.FALSE}, {"condition": code.FALSE_BY_STACK}, {"code": code.NOPS}):
+        assert code.with_event(50, lambda debugger, given=given: debugger.on_msr_write(code.MSR, **given)) > 0
+    with pytest.raises(BenchmarkError, match="or the condition held"):
+        code.with_event(5, lambda debugger: debugger.on_msr_write(code.MSR, condition="mov eax, 1"))
+    assert code.first_use() > 0
 
 
 def test_every_case_has_a_runner_and_a_base() -> None:

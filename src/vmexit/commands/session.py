@@ -61,6 +61,8 @@ class Session:
     next_code: dict[bool, tuple[object, int]] = field(default_factory=dict)
     """Where ``u`` goes on, and what the machine was stopped at when it was there."""
 
+    records: bool = False
+    """Traps go into a file (vmexit record): an event that has nothing else to do records, where it would break."""
     told_untrappable: bool = False
     """The user knows which MSRs never trap here."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -166,28 +166,50 @@ class Digest:
 
     # ---- the second pass ----
 
-    def cells(self, most: int, most_series: int) -> Cells:
-        """How many traps of each series and core there were in each of equal parts of the time, in so few parts that there are
-        no more than so many cells. The series with the fewest traps are put together where there are more than that.
+    def groups(self, most: int) -> Groups:
+        """The series, put together so that there are no more than about ``most``: the rarest processes first, then rare MSRs."""
+        by_process: dict[int | None, list[int]] = {}
+        for number, series in enumerate(self.series):
+            by_process.setdefault(series.pid, []).append(number)
+        busiest = sorted(by_process, key=lambda pid: (-sum(self.rows[number].count for number in by_process[pid]), pid or 0))
+        room = most if len(self.series) <= most else most - len({replace(series, pid=None) for series in self.series})
+        apart: set[int | None] = set()
+        for pid in busiest:
+            room -= len(by_process[pid])
+            if room < 0:
+                break
+            apart.add(pid)
+        counts: dict[Series, int] = {}
+        wanted = []
+        for series, row in zip(self.series, self.rows, strict=True):
+            group = series if series.pid in apart or series.pid is None else replace(series, pid=OTHERS)
+            wanted.append(group)
+            counts[group] = counts.get(group, 0) + row.count
+        kept = sorted(counts, key=lambda group: -counts[group])[: max(1, most)]
+        place_of = {group: place for place, group in enumerate(kept)}
+        if len(kept) < len(counts):
+            kept.append(Series(OTHERS, Access.WRMSR, Stage.PRE, OTHERS, OTHERS if self.has_processes else None, False, False))
+        places = [place_of.get(group, len(kept) - 1) for group in wanted]
+        return Groups(kept, np.array([*places, *[len(kept) - 1] * (_MOST_SERIES + 1 - len(places))], np.int64), len(apart))
+
+    def cells(self, groups: Groups, most: int) -> Cells:
+        """How many traps of each group and core there were in each of equal parts of the time, in so few parts that there are
+        no more than so many cells.
         """
-        order = sorted(range(len(self.rows)), key=lambda number: -self.rows[number].count)
-        kept = sorted(order[:most_series])
-        place_of = np.full(_MOST_SERIES + 1, len(kept), np.int64)
-        place_of[kept] = np.arange(len(kept))
         span = max(1, self.end_ns - self.start_ns + 1)
         width = max(1, -(-span // _MOST_BINS))
         tally = Tally()
         for chunk in self.file.chunks():
-            series = place_of[self.series_of(chunk)]
             times = np.clip(chunk["time_ns"], np.uint64(self.start_ns), np.uint64(self.end_ns)) - np.uint64(self.start_ns)
             bins = (times // np.uint64(width)).astype(np.int64)
-            tally.add(packed([(series, _SERIES_BITS), (self._cores.of(chunk["vcpu"]), _CORE_BITS), (bins, _BIN_BITS)]))
+            series, cores = groups.places[self.series_of(chunk)], self._cores.of(chunk["vcpu"])
+            tally.add(packed([(series, _SERIES_BITS), (cores, _CORE_BITS), (bins, _BIN_BITS)]))
             while tally.merge() > most and width < span:
                 keys, _ = tally.items()
                 low = np.uint64((1 << _BIN_BITS) - 1)
                 tally.replace_keys((keys & ~low) | ((keys & low) >> np.uint64(1)))
                 width *= 2
-        return Cells(kept, width, *tally.items())
+        return Cells(width, *tally.items())
 
     def sample(self, most: int) -> Iterator[Chunk]:
         """Every so many-th trap, so that there are no more than ``most``; all of them where there are no more."""
@@ -212,18 +234,28 @@ _MOST_BINS = 1 << 13
 
 
 @dataclass(frozen=True, slots=True)
-class Cells:
-    """Counts by series, core and part of the time."""
+class Groups:
+    """Series, some of which are put together."""
 
-    kept: list[int]
-    """The series that have their own cells, by their numbers; of the cells' numbers, the next one stands for all others."""
+    kept: list[Series]
+    """With OTHERS for what is put together."""
+    places: Places
+    """Of each series its place in ``kept``."""
+    processes: int
+    """Those that are told apart."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cells:
+    """Counts by group, core and part of the time."""
+
     width_ns: int
     """Of a part."""
     keys: npt.NDArray[np.uint64]
     counts: Places
 
     def columns(self) -> tuple[Places, Places, Places, Places]:
-        """Series (a place in ``kept``), core (Digest.core_of), part of the time, count; in the order of time."""
+        """Group (a place in Groups.kept), core (Digest.core_of), part of the time, count; in the order of time."""
         keys = self.keys
         bins = (keys & np.uint64((1 << _BIN_BITS) - 1)).astype(np.int64)
         cores = (keys >> np.uint64(_BIN_BITS) & np.uint64((1 << _CORE_BITS) - 1)).astype(np.int64)

@@ -114,9 +114,10 @@
 
   // columns: {title, of: row -> what it is sorted by, show: (row, cell) -> content, class, down: first sorted downwards}.
   function table(section, columns, { sort, down, label, empty, key }) {
-    const head = make("tr");
-    const body = make("tbody");
-    const whole = make("table", { "aria-label": label }, make("thead", {}, head), body);
+    // Roles as they are anyway, which a row loses where a narrow window makes it something else than a line of cells.
+    const head = make("tr", { role: "row" });
+    const body = make("tbody", { role: "rowgroup" });
+    const whole = make("table", { "aria-label": label, role: "table" }, make("thead", { role: "rowgroup" }, head), body);
     const scroll = make("div", { class: "scroll", role: "region", tabindex: "0", "aria-label": label }, whole);
     const none = make("p", { class: "empty" }, empty);
     const more = make("button", { type: "button", class: "more", onclick: () => { most *= 4; draw(); } });
@@ -128,7 +129,7 @@
         most = PAGE;
         draw();
       } }, column.title);
-      const heading = make("th", { scope: "col", class: column.class || "" }, button);
+      const heading = make("th", { scope: "col", role: "columnheader", class: column.class || "" }, button);
       head.append(heading);
       return heading;
     });
@@ -143,9 +144,9 @@
       });
       const focused = body.contains(document.activeElement) ? document.activeElement.dataset.key : null;
       body.replaceChildren(...sorted.slice(0, most).map(([, , row]) => {
-        const line = make("tr");
+        const line = make("tr", { role: "row" });
         for (const column of columns) {
-          const cell = make("td", { class: column.class || "" });
+          const cell = make("td", { role: "cell", class: column.class || "" });
           const content = column.show(row, cell);
           if (content !== undefined && content !== null) cell.append(...[content].flat());
           line.append(cell);
@@ -218,11 +219,11 @@
   const only = (...columns) => columns.filter(Boolean);
 
   const showMsrs = table($("msrs"), only(
-    { title: "MSR", class: "m", of: (row) => data.msrs[row[0]][0].padStart(8, "0"), show: (row) => [dot(row[0]), data.msrs[row[0]][0]] },
-    { title: "name", of: (row) => data.msrs[row[0]][1], show: ([msr], cell) => {
+    { title: "name", class: "one", of: (row) => msrTitle(row[0]), show: ([msr], cell) => {
       cell.title = data.msrs[msr][2];
-      return chooser("msr", msr, msrTitle(msr));
+      return [dot(msr), chooser("msr", msr, msrTitle(msr))];
     } },
+    { title: "MSR", class: "m rest", of: (row) => data.msrs[row[0]][0].padStart(8, "0"), show: (row) => data.msrs[row[0]][0] },
     anyWrites && { title: "writes", class: "n", down: true, of: (row) => row[1].writes, show: (row, cell) => share(row[1].writes, now.most, cell) },
     anyReads && { title: "reads", class: "n", down: true, of: (row) => row[1].reads, show: (row, cell) => share(row[1].reads, now.most, cell) },
     { title: "changes", class: "n", down: true, of: (row) => row[2], show: (row) => number(row[2]) },
@@ -575,7 +576,7 @@
   $("legend").append(...data.msrs.slice(0, NAMED).map((_, msr) => {
     const button = make("button", { type: "button", onclick: () => set("msr", filter.msr === msr ? ALL : msr) }, dot(msr), msrTitle(msr));
     return button;
-  }), ...(data.msrs.length > NAMED ? [make("button", { type: "button", disabled: "" }, dot(NAMED), "others")] : []));
+  }), ...(data.msrs.length > NAMED ? [make("span", { class: "others" }, dot(NAMED), "others")] : []));
 
   update();
   new ResizeObserver(() => requestAnimationFrame(drawTimeline)).observe($("lanes"));

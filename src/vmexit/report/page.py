@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vmexit.link.wire import Access, Stage
-from vmexit.report.digest import OTHERS, Digest
+from vmexit.report.digest import OTHERS, Cells, Digest
 from vmexit.report.facts import Facts, counted, seconds_text
 
 _ROOM = Path(__file__).parent
@@ -18,8 +18,11 @@ EXACT = 20_000
 """Up to so many traps, each is in the page by itself."""
 _SAMPLED = 4_000
 """Of more traps, so many at most, evenly chosen; all others are counted in parts of the time."""
-_MOST_CELLS = 50_000
-_MOST_SERIES = 600
+_MOST_CELLS = 120_000
+_PARTS = 256
+"""Parts of the time that there should be at least, however much there is on each core."""
+_SERIES = range(60, 600)
+"""How many kinds of traps are counted by themselves, at least and at most."""
 
 
 def page(digest: Digest) -> str:
@@ -76,21 +79,27 @@ class _Data:
         self._counts = {msr: sum(digest.rows[number].count for number in numbers) for msr, numbers in self._by_msr.items()}
         for msr in sorted(self._counts, key=lambda msr: (-self._counts[msr], msr)):
             self._msrs.of(msr)
+        most = max(_SERIES[0], min(_SERIES[-1], _MOST_CELLS // (_PARTS * max(1, len(digest.by_core)))))
+        # With every trap in the page every series is, too.
+        self._groups = digest.groups(len(digest.series) if self._exact else most)
+        self._pids = {series.pid for series in self._groups.kept}
 
     def all(self) -> dict[str, Any]:
         """Everything."""
         digest = self._digest
-        # With every trap in the page every series is.
-        cells = digest.cells(_MOST_CELLS, len(digest.series) if self._exact else _MOST_SERIES)
         data: dict[str, Any] = {
-            "series": self._series(cells.kept),
-            "cells": None if self._exact else self._cells(cells),
-            "traps": self._traps(cells.kept),
+            "series": self._series(),
+            "cells": None,
+            "traps": self._traps(),
             "changes": self._changes(),
         }
+        width_ns = 1
+        if not self._exact:
+            cells = digest.cells(self._groups, _MOST_CELLS)
+            data["cells"], width_ns = self._cells(cells), cells.width_ns
         # What these have referred to.
         data |= {
-            "meta": self._meta(cells.width_ns, folded=len(digest.series) - len(cells.kept)),
+            "meta": self._meta(width_ns),
             "cores": [f"{core:x}" if core != OTHERS else "others" for core in self._cores.values],
             "msrs": [self._msr(address) for address in self._msrs.values],
             "processes": [self._facts.process(pid) for pid in self._processes.values],
@@ -102,7 +111,7 @@ class _Data:
         }
         return data
 
-    def _meta(self, width_ns: int, folded: int) -> dict[str, Any]:
+    def _meta(self, width_ns: int) -> dict[str, Any]:
         digest, facts = self._digest, self._facts
         stride = digest.stride(_SAMPLED)
         notes = digest.file.notes()
@@ -111,8 +120,11 @@ class _Data:
                 f"{counted(digest.total, 'trap')} are too many to have each in this page: they are counted in parts of "
                 f"{seconds_text(width_ns)}, and the list of traps has every {stride:,}th"
             )
-        if folded:
-            notes.append(f"the {folded:,} rarest kinds of traps (by MSR, process, event ...) are put together as others")
+        processes = len({series.pid for series in digest.series})
+        if digest.has_processes and self._groups.processes < processes:
+            notes.append(f"of {processes:,} processes the {self._groups.processes:,} busiest are told apart, the others put together")
+        if any(series.msr == OTHERS for series in self._groups.kept):
+            notes.append("there are more MSRs than can be told apart here: the rarest are put together")
         if left_out := digest.changes.left_out():
             names = [f"{count:,} of {facts.name(msr) or f'{msr:x}'}" for msr, count in sorted(left_out.items())]
             more = f" and of {len(names) - 6:,} more MSRs" if len(names) > 6 else ""
@@ -155,9 +167,9 @@ class _Data:
             last,
         ]
 
-    def _series(self, kept: Sequence[int]) -> list[list[int]]:
-        """Of each its MSR, access, stage, event, process, outcome; the last one, if not all have their own, is of the others."""
-        rows = [
+    def _series(self) -> list[list[int]]:
+        """Of each group its MSR, access, stage, event, process, outcome."""
+        return [
             [
                 self._msrs.of(series.msr),
                 int(series.access),
@@ -166,32 +178,27 @@ class _Data:
                 self._processes.of(series.pid),
                 series.skipped + 2 * series.faulted,
             ]
-            for series in (self._digest.series[number] for number in kept)
+            for series in self._groups.kept
         ]
-        if len(kept) < len(self._digest.series):
-            others = self._processes.of(OTHERS if self._digest.has_processes else None)
-            rows.append([self._msrs.of(OTHERS), int(Access.WRMSR), int(Stage.PRE), self._events.of(OTHERS), others, 0])
-        return rows
 
-    def _cells(self, cells: Any) -> list[list[int]]:
+    def _cells(self, cells: Cells) -> list[list[int]]:
         """Series, core, part of the time (by how much it is later than the one before), count."""
         series, cores, bins, counts = cells.columns()
         numbers = np.array([self._cores.of(self._digest.core_of(code)) for code in range(int(cores.max()) + 1)])[cores]
         return [series.tolist(), numbers.tolist(), np.diff(bins, prepend=0).tolist(), counts.tolist()]
 
-    def _traps(self, kept: Sequence[int]) -> list[list[Any]]:
+    def _traps(self) -> list[list[Any]]:
         """Time (by how much it is later than the one before), core, series, value, place."""
         columns: list[list[Any]] = [[], [], [], [], []]
-        place_of = {number: place for place, number in enumerate(kept)}
         before = self._digest.start_ns
         for chunk in self._digest.sample(EXACT if self._exact else _SAMPLED):
-            series = self._digest.series_of(chunk)
+            series = self._groups.places[self._digest.series_of(chunk)]
             for time, core, number, value, rip in zip(
                 *(part.tolist() for part in (chunk["time_ns"], chunk["vcpu"], series, chunk["value"], chunk["rip"])), strict=True
             ):
                 columns[0].append(time - before)
                 columns[1].append(self._cores.of(core))
-                columns[2].append(place_of.get(number, len(kept)))
+                columns[2].append(number)
                 columns[3].append(f"{value:x}")
                 columns[4].append(self._places.of(rip))
                 before = time
@@ -207,7 +214,8 @@ class _Data:
             columns[0].append(time - before)
             columns[1].append(self._cores.of(core))
             columns[2].append(self._msrs.of(msr))
-            columns[3].append(self._processes.of(pid if self._digest.has_processes else None))
+            process = pid if self._digest.has_processes else None
+            columns[3].append(self._processes.of(process if process in self._pids else OTHERS))
             columns[4].append(self._texts.of(self._facts.change(msr, old, new, known).partition(" ")[2]))
             columns[5].append(int(known))
             before = time

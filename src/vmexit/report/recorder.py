@@ -136,24 +136,29 @@ class Recorder:
     # ---- the thread that writes ----
 
     def _write_all(self) -> None:
-        is_over = False
-        while not is_over:
-            records, news, is_over = self._take()
-            try:
-                for info in news:
-                    self._put(format.text_block(format.INFO, info))
-                for start in range(0, len(records), _IN_BLOCK):
-                    self._put_traps(records[start : start + _IN_BLOCK])
-                if is_over and self._end is not None:
-                    self._put(format.text_block(format.END, {"traps": self.traps, "lost": self.lost(), **self._end}))
-            except Exception as error:  # whatever it is, nobody must wait for this thread any more
-                with self._changed:
-                    self._failure = error
-                    self._waiting.clear()
-                    self._changed.notify_all()
-                return
+        try:
+            while not self._write_some():
+                pass
+        except Exception as error:  # whatever it is, nobody must wait for this thread any more
+            with self._changed:
+                self._failure = error
+                self._waiting.clear()
+                self._changed.notify_all()
 
-    def _take(self) -> tuple[Records, list[Mapping[str, Any]], bool]:
+    def _write_some(self) -> bool:
+        """Writes what there is; whether that was the end."""
+        parts, news, is_over = self._take()
+        for info in news:
+            self._put(format.text_block(format.INFO, info))
+        if parts:
+            records = joined(parts)
+            for start in range(0, len(records), _IN_BLOCK):
+                self._put_traps(records[start : start + _IN_BLOCK])
+        if is_over and self._end is not None:
+            self._put(format.text_block(format.END, {"traps": self.traps, "lost": self.lost(), **self._end}))
+        return is_over
+
+    def _take(self) -> tuple[list[Records], list[Mapping[str, Any]], bool]:
         """What is there once a block is full, or the time is over, or all is."""
         with self._changed:
             deadline = time.monotonic() + FLUSH_S
@@ -162,7 +167,7 @@ class Recorder:
             parts, self._waiting, self._waiting_count = list(self._waiting), deque(), 0
             news, self._news = self._news, []
             self._changed.notify_all()
-            return joined(parts) if parts else np.empty(0, np.uint8), news, self._is_closing
+            return parts, news, self._is_closing
 
     def _put_traps(self, records: Records) -> None:
         columns: dict[str, Numbers] = {name: records[name] for name in records.dtype.names or () if name not in _LEFT_OUT}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ _MOST_OF_ONE = 2_000
 _LEAST_OF_ONE = 8
 _MOST_REGISTERS = 1 << 18
 """MSRs, each core's by itself, whose values are followed."""
+_MOST_MSRS = (1 << 16) - 1
 _MOST_LISTED = 1 << 12
 """MSRs whose changes are kept; all are counted."""
 
@@ -40,11 +41,10 @@ class Changes:
     def __init__(self) -> None:
         self.total = 0
         """Writes of another value than the one before. The first write of an MSR whose value was not known is none."""
-        self.by_msr: dict[int, int] = defaultdict(int)
-        """The same, by the MSR's address."""
         self.followed_all = True
         """Whether there were no more registers than can be followed."""
-        self._registers = Codes(_MOST_REGISTERS)
+        self._registers, self._msrs = Codes(_MOST_REGISTERS), Codes(_MOST_MSRS)
+        self._counts: npt.NDArray[Any] = np.zeros(0, np.int64)
         self._values: npt.NDArray[Any] = np.zeros(0, np.uint64)
         self._known: npt.NDArray[Any] = np.zeros(0, bool)
         self._kept: dict[int, _Kept] = {}
@@ -85,26 +85,24 @@ class Changes:
         if not len(told):
             return
         told = told[np.argsort(places[told])]
-        rows: ChangeRows = np.zeros(len(told), CHANGE)
-        where = places[told]
-        rows["place"] = where.astype(np.uint64) + np.uint64(first)
-        rows["old"], rows["new"], rows["known"] = np.where(known[told], old[told], 0), values[told], known[told]
-        for name in ("time_ns", "msr", "vcpu", "pid", "rip"):
-            rows[name] = chunk[name][where]
-        self._keep(rows)
+        where, known = places[told], known[told]
+        self._keep(chunk, first, _Found(where, np.where(known, old[told], 0), values[told], known))
 
-    def _keep(self, rows: ChangeRows) -> None:
-        self.total += int(np.count_nonzero(rows["known"]))
-        msrs, codes = np.unique(rows["msr"], return_inverse=True)
-        counts = np.bincount(codes[rows["known"]], minlength=len(msrs)).tolist()
-        for code, (msr, count) in enumerate(zip(msrs.tolist(), counts, strict=True)):
-            if count:
-                self.by_msr[msr] += count
-            if msr not in self._kept:
-                if len(self._kept) >= _MOST_LISTED:
-                    continue
-                self._kept[msr] = _Kept()
-            self._kept[msr].add(rows[codes == code] if len(msrs) > 1 else rows, self._most_of_one)
+    def _keep(self, chunk: Chunk, first: int, found: _Found) -> None:
+        codes = self._msrs.of(chunk["msr"][found.where])
+        counts = np.bincount(codes[found.known], minlength=len(self._msrs) + 1)
+        self.total += int(counts.sum())
+        self._counts = grown(self._counts, len(counts))
+        self._counts[: len(counts)] += counts
+        # MSR by MSR, each in the order of time.
+        order = np.argsort(codes.astype(np.uint16) if len(self._msrs) < 1 << 16 else codes, kind="stable")
+        sizes = np.bincount(codes, minlength=len(self._msrs) + 1)
+        ends = np.cumsum(sizes)
+        for code in np.flatnonzero(sizes[:_MOST_LISTED]).tolist():
+            kept = self._kept.setdefault(code, _Kept())
+            mine = order[ends[code] - sizes[code] : ends[code]]
+            picked, room = kept.picked(mine, self._most_of_one)
+            kept.add(_rows(chunk, first, found, picked), room, len(mine), self._most_of_one)
         while sum(map(len, self._kept.values())) > 2 * MOST and self._most_of_one > _LEAST_OF_ONE:
             self._thin_out()
 
@@ -121,9 +119,37 @@ class Changes:
         rows: ChangeRows = np.concatenate([np.zeros(0, CHANGE), *parts])
         return rows[np.argsort(rows["place"], kind="stable")]
 
+    @property
+    def by_msr(self) -> dict[int, int]:
+        """How many changes, by the MSR's address."""
+        return {msr: int(count) for msr, count in zip(self._msrs.values, self._counts.tolist(), strict=False) if count}
+
     def left_out(self) -> dict[int, int]:
         """By the MSR's address, how many of its changes (and first writes) are not among the rows."""
-        return {msr: kept.came - len(kept) for msr, kept in self._kept.items() if kept.came > len(kept)}
+        values = self._msrs.values
+        return {values[code]: kept.came - len(kept) for code, kept in self._kept.items() if kept.came > len(kept)}
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """Changes in a chunk, in the order of time."""
+
+    where: Places
+    """Places in the chunk."""
+    old: npt.NDArray[Any]
+    new: npt.NDArray[Any]
+    known: npt.NDArray[np.bool_]
+
+
+def _rows(chunk: Chunk, first: int, found: _Found, picked: Places) -> ChangeRows:
+    """Some of them as rows. ``first``: the number of the chunk's first trap among all."""
+    rows: ChangeRows = np.zeros(len(picked), CHANGE)
+    where = found.where[picked]
+    rows["place"] = where.astype(np.uint64) + np.uint64(first)
+    rows["old"], rows["new"], rows["known"] = found.old[picked], found.new[picked], found.known[picked]
+    for name in ("time_ns", "msr", "vcpu", "pid", "rip"):
+        rows[name] = chunk[name][where]
+    return rows
 
 
 class _Kept:
@@ -137,13 +163,18 @@ class _Kept:
     def __len__(self) -> int:
         return len(self.first) + len(self.last)
 
-    def add(self, rows: ChangeRows, most: int) -> None:
-        self.came += len(rows)
-        room = max(0, most // 2 - len(self.first)) if not len(self.last) else 0
+    def picked(self, found: Places, most: int) -> tuple[Places, int]:
+        """Those of further changes that can be of interest, and how many of them are among the first ones."""
+        room = min(len(found), max(0, most // 2 - len(self.first)) if not len(self.last) else 0)
+        return np.concatenate((found[:room], found[room:][-(most // 2) :])), room
+
+    def add(self, rows: ChangeRows, room: int, count: int, most: int) -> None:
+        """``rows`` as picked from ``count``."""
+        self.came += count
         if room:
             self.first = np.concatenate((self.first, rows[:room]))
         if len(rows) > room:
-            self.last = np.concatenate((self.last, rows[room:][-(most // 2) :]))[-(most // 2) :]
+            self.last = np.concatenate((self.last, rows[room:]))[-(most // 2) :]
 
     def thin_out(self, most: int) -> None:
         """Keeps no more than that."""

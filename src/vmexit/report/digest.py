@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -192,24 +192,25 @@ class Digest:
         places = [place_of.get(group, len(kept) - 1) for group in wanted]
         return Groups(kept, np.array([*places, *[len(kept) - 1] * (_MOST_SERIES + 1 - len(places))], np.int64), len(apart))
 
-    def cells(self, groups: Groups, most: int) -> Cells:
-        """How many traps of each group and core there were in each of equal parts of the time, in so few parts that there are
-        no more than so many cells.
+    def cells(self, groups: Sequence[Groups], most: int) -> list[Cells]:
+        """For each of these ways to group, how many traps of each group and core there were in each of equal parts of the time.
+
+        There are so few parts that there are no more than ``most`` cells. A length of one way is another's times a power of two.
         """
         span = max(1, self.end_ns - self.start_ns + 1)
-        width = max(1, -(-span // _MOST_BINS))
-        tally = Tally()
+        widths, tallies = [max(1, -(-span // _MOST_BINS))] * len(groups), [Tally() for _ in groups]
         for chunk in self.file.chunks():
             times = np.clip(chunk["time_ns"], np.uint64(self.start_ns), np.uint64(self.end_ns)) - np.uint64(self.start_ns)
-            bins = (times // np.uint64(width)).astype(np.int64)
-            series, cores = groups.places[self.series_of(chunk)], self._cores.of(chunk["vcpu"])
-            tally.add(packed([(series, _SERIES_BITS), (cores, _CORE_BITS), (bins, _BIN_BITS)]))
-            while tally.merge() > most and width < span:
-                keys, _ = tally.items()
-                low = np.uint64((1 << _BIN_BITS) - 1)
-                tally.replace_keys((keys & ~low) | ((keys & low) >> np.uint64(1)))
-                width *= 2
-        return Cells(width, *tally.items())
+            series, cores = self.series_of(chunk), self._cores.of(chunk["vcpu"])
+            for i, (group, tally) in enumerate(zip(groups, tallies, strict=True)):
+                bins = (times // np.uint64(widths[i])).astype(np.int64)
+                tally.add(packed([(group.places[series], _SERIES_BITS), (cores, _CORE_BITS), (bins, _BIN_BITS)]))
+                while tally.merge() > most and widths[i] < span:
+                    keys, _ = tally.items()
+                    low = np.uint64((1 << _BIN_BITS) - 1)
+                    tally.replace_keys((keys & ~low) | ((keys & low) >> np.uint64(1)))
+                    widths[i] *= 2
+        return [Cells(width, *tally.items()) for width, tally in zip(widths, tallies, strict=True)]
 
     def sample(self, most: int) -> Iterator[Chunk]:
         """Every so many-th trap, so that there are no more than ``most``; all of them where there are no more."""
@@ -243,6 +244,12 @@ class Groups:
     """Of each series its place in ``kept``."""
     processes: int
     """Those that are told apart."""
+
+    def without_processes(self) -> Groups:
+        """The same groups, of which those that differ in the process alone are put together as the first of them."""
+        first: dict[Series, int] = {}
+        places = [first.setdefault(replace(group, pid=None), place) for place, group in enumerate(self.kept)]
+        return Groups(self.kept, np.array(places, np.int64)[self.places], 0)
 
 
 @dataclass(frozen=True, slots=True)

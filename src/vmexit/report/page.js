@@ -26,11 +26,14 @@
   const [changeTimes, changeCores, changeMsrs, changeProcesses, changeTexts, changeKnown] = [
     summed(data.changes[0], 1), ...data.changes.slice(1),
   ];
-  // What is counted: each trap, or cells of many.
-  const points = meta.exact
-    ? { series: trapSeries, core: trapCores, time: trapTimes, count: null }
-    : { series: data.cells[0], core: data.cells[1], time: summed(data.cells[2], meta.width), count: data.cells[3] };
-  const countOf = points.count ? (i) => points.count[i] : () => 1;
+  // What is counted: each trap, or cells of many; where processes do not matter, cells that are finer in time. Both begin and end
+  // together: the length of one is the other's times a power of two, and what is in view is always whole cells of the longer.
+  const cellsOf = ([series, core, steps, count], width) => ({ series, core, time: summed(steps, width), width, of: (i) => count[i] });
+  const whole = meta.exact
+    ? { series: trapSeries, core: trapCores, time: trapTimes, width: 1, of: () => 1 }
+    : cellsOf(data.cells, meta.width);
+  const fine = meta.exact ? whole : cellsOf(data.fine, data.fine[4]);
+  const shown = () => (filter.process === ALL ? fine : whole);
 
   const number = (count) => count.toLocaleString("en-US");
   const plural = (count, what) => `${number(count)} ${what}${count === 1 ? "" : what === "process" ? "es" : "s"}`;
@@ -82,28 +85,33 @@
 
   // Counts by MSR, core, process and event. In each of these tables its own filter does not count, so that another row can be chosen.
   function sums() {
-    const empty = () => ({ total: 0, writes: 0, reads: 0, skipped: 0, faulted: 0, cores: new Set() });
+    const empty = () => ({ total: 0, writes: 0, reads: 0, cores: new Set() });
     const made = { total: 0, msr: new Map(), core: new Map(), process: new Map(), event: new Map() };
-    const add = (map, key, i, series) => {
+    const add = (map, key, count, series, core) => {
       let row = map.get(key);
       if (!row) map.set(key, (row = empty()));
-      const count = countOf(i);
       row.total += count;
       if (series[ACCESS] === READ) row.reads += count;
       else row.writes += count;
-      if (series[OUTCOME] & 1) row.skipped += count;
-      if (series[OUTCOME] & 2) row.faulted += count;
-      row.cores.add(points.core[i]);
+      row.cores.add(core);
     };
-    for (let i = 0; i < points.time.length; i++) {
-      if (!inView(points.time[i], meta.width)) continue;
-      const series = data.series[points.series[i]];
-      const mask = masks[points.series[i]] | coreMask(points.core[i]);
-      if (mask === 0) made.total += countOf(i);
-      if ((mask & ~bits.msr) === 0) add(made.msr, series[MSR], i, series);
-      if ((mask & ~bits.core) === 0) add(made.core, points.core[i], i, series);
-      if ((mask & ~bits.process) === 0) add(made.process, series[PROCESS], i, series);
-      if ((mask & ~bits.event) === 0) add(made.event, series[EVENT], i, series);
+    const each = (points, visit) => {
+      for (let i = 0; i < points.time.length; i++) {
+        if (!inView(points.time[i], points.width)) continue;
+        const core = points.core[i];
+        visit(masks[points.series[i]] | coreMask(core), points.of(i), data.series[points.series[i]], core);
+      }
+    };
+    each(shown(), (mask, count, series, core) => {
+      if (mask === 0) made.total += count;
+      if ((mask & ~bits.msr) === 0) add(made.msr, series[MSR], count, series, core);
+      if ((mask & ~bits.core) === 0) add(made.core, core, count, series, core);
+      if ((mask & ~bits.event) === 0) add(made.event, series[EVENT], count, series, core);
+    });
+    if (meta.hasProcesses) {
+      each(whole, (mask, count, series, core) => {
+        if ((mask & ~bits.process) === 0) add(made.process, series[PROCESS], count, series, core);
+      });
     }
     return made;
   }
@@ -117,8 +125,8 @@
     // Roles as they are anyway, which a row loses where a narrow window makes it something else than a line of cells.
     const head = make("tr", { role: "row" });
     const body = make("tbody", { role: "rowgroup" });
-    const whole = make("table", { "aria-label": label, role: "table" }, make("thead", { role: "rowgroup" }, head), body);
-    const scroll = make("div", { class: "scroll", role: "region", tabindex: "0", "aria-label": label }, whole);
+    const grid = make("table", { "aria-label": label, role: "table" }, make("thead", { role: "rowgroup" }, head), body);
+    const scroll = make("div", { class: "scroll", role: "region", tabindex: "0", "aria-label": label }, grid);
     const none = make("p", { class: "empty" }, empty);
     const more = make("button", { type: "button", class: "more", onclick: () => { most *= 4; draw(); } });
     section.append(scroll, none, more);
@@ -252,8 +260,8 @@
     { title: "seconds", class: "n m", of: (i) => changeTimes[i], show: (i) => seconds(changeTimes[i]) },
     { title: "core", class: "m", of: (i) => changeCores[i], show: (i) => data.cores[changeCores[i]] },
     { title: "MSR", of: (i) => msrTitle(changeMsrs[i]), show: (i) => [dot(changeMsrs[i]), chooser("msr", changeMsrs[i], msrTitle(changeMsrs[i]))], class: "one" },
-    { title: "change", class: "w", of: (i) => data.texts[changeTexts[i]], show: (i) => words(data.texts[changeTexts[i]], changeKnown[i]) },
     processColumn((i) => changeProcesses[i]),
+    { title: "change", class: "w", of: (i) => data.texts[changeTexts[i]], show: (i) => words(data.texts[changeTexts[i]], changeKnown[i]) },
   ), { sort: 0, down: false, label: "Changes", empty: "No MSR changed here." });
 
   const OUTCOMES = ["", "short-circuited", "#GP", "short-circuited, #GP"];
@@ -293,16 +301,16 @@
 
   // Counts by core, slot (some pixels wide) and colour, of what passes the filters.
   function fillSlots(width) {
-    const viewed = filter.to - filter.from;
-    const wanted = Math.max(2, meta.exact ? 3 : ((width - GUTTER) * meta.width) / viewed);
+    const viewed = filter.to - filter.from, points = shown();
+    const wanted = Math.max(2, meta.exact ? 3 : ((width - GUTTER) * points.width) / viewed);
     const count = Math.max(1, Math.round((width - GUTTER) / wanted));
     const lanes = data.cores.map(() => new Float64Array(count * (NAMED + 1)));
     for (let i = 0; i < points.time.length; i++) {
       const time = points.time[i];
-      if (!inView(time, meta.width) || masks[points.series[i]] | coreMask(points.core[i])) continue;
-      const middle = meta.exact ? time : time + meta.width / 2;
+      if (!inView(time, points.width) || masks[points.series[i]] | coreMask(points.core[i])) continue;
+      const middle = time + (points.width - 1) / 2;
       const slot = Math.min(count - 1, Math.max(0, Math.floor(((middle - filter.from) / viewed) * count)));
-      lanes[points.core[i]][slot * (NAMED + 1) + colourOf(data.series[points.series[i]][MSR])] += countOf(i);
+      lanes[points.core[i]][slot * (NAMED + 1) + colourOf(data.series[points.series[i]][MSR])] += points.of(i);
     }
     let most = 1;
     for (const lane of lanes) {
@@ -352,10 +360,10 @@
         for (let c = 0; c <= NAMED; c++) sum += lane[at + c];
         if (!sum) continue;
         // The height is logarithmic, or the busiest moment would be all that can be seen; the colours share it as they are.
-        const whole = Math.max(2, (Math.log1p(sum) / Math.log1p(slots.most)) * (laneHeight - 5));
+        const tall = Math.max(2, (Math.log1p(sum) / Math.log1p(slots.most)) * (laneHeight - 5));
         let y = base;
         for (let c = 0; c <= NAMED; c++) {
-          const part = (lane[at + c] / sum) * whole;
+          const part = (lane[at + c] / sum) * tall;
           if (!part) continue;
           draw.fillStyle = colours[c];
           draw.fillRect(GUTTER + slot * slotWidth, y - part, Math.max(1, slotWidth - (slotWidth > 2.5 ? 1 : 0)), part);
@@ -387,7 +395,7 @@
   }
 
   function zoom(from, to) {
-    const least = Math.min(meta.span, meta.exact ? 1000 : 8 * meta.width);
+    const least = Math.min(meta.span, meta.exact ? 1000 : meta.width);
     const length = Math.min(meta.span, Math.max(least, to - from));
     let start = Math.max(0, Math.min(meta.span - length, from + (to - from - length) / 2));
     let end = start + length;
@@ -457,12 +465,12 @@
     }
     const slot = Math.min(slots.count - 1, Math.floor(((event.offsetX - GUTTER) / (width - GUTTER)) * slots.count));
     const length = (filter.to - filter.from) / slots.count, from = filter.from + slot * length;
-    const found = new Map();
+    const found = new Map(), points = shown();
     for (let i = 0; i < points.time.length; i++) {
-      const time = meta.exact ? points.time[i] : points.time[i] + meta.width / 2;
+      const time = points.time[i] + (points.width - 1) / 2;
       if (points.core[i] !== core || time < from || time >= from + length || masks[points.series[i]] | coreMask(core)) continue;
       const msr = data.series[points.series[i]][MSR];
-      found.set(msr, (found.get(msr) || 0) + countOf(i));
+      found.set(msr, (found.get(msr) || 0) + points.of(i));
     }
     tip.hidden = !found.size;
     if (!found.size) return;
@@ -494,8 +502,7 @@
   // Of each MSR in view: all of its changes where nothing is filtered (not all may be listed), else those that are listed.
   function countChanges() {
     changed = new Map();
-    const whole = filter.from === 0 && filter.to === meta.span && filter.core === ALL && filter.process === ALL && filter.access !== READ;
-    if (whole) {
+    if (filter.from === 0 && filter.to === meta.span && filter.core === ALL && filter.process === ALL && filter.access !== READ) {
       data.msrs.forEach((msr, i) => changed.set(i, msr[3]));
       return;
     }
@@ -515,12 +522,12 @@
       select.parentElement.classList.toggle("on", filter[name] !== ALL);
     }
     $("find").parentElement.classList.toggle("on", Boolean(filter.text));
-    const whole = filter.from === 0 && filter.to === meta.span;
-    const filtered = !whole || filter.text || [...selects.keys()].some((name) => filter[name] !== ALL);
+    const all = filter.from === 0 && filter.to === meta.span;
+    const filtered = !all || filter.text || [...selects.keys()].some((name) => filter[name] !== ALL);
     $("reset").disabled = !filtered;
     $("shown").replaceChildren(make("b", {}, number(now.total)), ` of ${plural(meta.total, "trap")}`);
-    $("window").textContent = whole ? `${span(meta.span)}` : `${seconds(filter.from)} s to ${seconds(filter.to)} s (${span(filter.to - filter.from)})`;
-    $("wider").disabled = $("whole").disabled = $("earlier").disabled = $("later").disabled = whole;
+    $("window").textContent = all ? `${span(meta.span)}` : `${seconds(filter.from)} s to ${seconds(filter.to)} s (${span(filter.to - filter.from)})`;
+    $("wider").disabled = $("whole").disabled = $("earlier").disabled = $("later").disabled = all;
     drawTimeline();
     showMsrs([...now.msr].map(([msr, row]) => [msr, row, changed.get(msr) || 0]));
     if (showProcesses) showProcesses([...now.process]);

@@ -18,8 +18,8 @@ EXACT = 20_000
 """Up to so many traps, each is in the page by itself."""
 _SAMPLED = 4_000
 """Of more traps, so many at most, evenly chosen; all others are counted in parts of the time."""
-_MOST_CELLS = 120_000
-_PARTS = 256
+_MOST_CELLS = 100_000
+_PARTS = 32
 """Parts of the time that there should be at least, however much there is on each core."""
 _SERIES = range(60, 600)
 """How many kinds of traps are counted by themselves, at least and at most."""
@@ -90,13 +90,15 @@ class _Data:
         data: dict[str, Any] = {
             "series": self._series(),
             "cells": None,
+            "fine": None,
             "traps": self._traps(),
             "changes": self._changes(),
         }
         width_ns = 1
         if not self._exact:
-            cells = digest.cells(self._groups, _MOST_CELLS)
-            data["cells"], width_ns = self._cells(cells), cells.width_ns
+            # Without processes there is much less to be counted, and room for many more parts of the time.
+            cells, fine = digest.cells([self._groups, self._groups.without_processes()], _MOST_CELLS)
+            data["cells"], width_ns, data["fine"] = self._cells(cells), cells.width_ns, [*self._cells(fine), fine.width_ns]
         # What these have referred to.
         data |= {
             "meta": self._meta(width_ns),
@@ -182,7 +184,7 @@ class _Data:
         ]
 
     def _cells(self, cells: Cells) -> list[list[int]]:
-        """Series, core, part of the time (by how much it is later than the one before), count."""
+        """Group, core, part of the time (by how much it is later than the one before), count."""
         series, cores, bins, counts = cells.columns()
         numbers = np.array([self._cores.of(self._digest.core_of(code)) for code in range(int(cores.max()) + 1)])[cores]
         return [series.tolist(), numbers.tolist(), np.diff(bins, prepend=0).tolist(), counts.tolist()]

@@ -81,7 +81,9 @@ def _main(argv: list[str]) -> int:
             print(doctor.render(results), flush=True)
             return FAILED_STATUS if any(check.ok is False for check in results) else 0
         case _:
-            raise UsageError("what to do? run, attach, watch, host, record, report, eval, msr, demo or doctor (see vmexit --help)")
+            raise UsageError(
+                "what to do? run, attach, watch, host, record, report, eval, msr, demo or doctor (see vmexit --help)"
+            )
 
 
 def _parsed(options: list[str], *, has_rest: bool) -> argparse.Namespace:

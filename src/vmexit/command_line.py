@@ -104,11 +104,11 @@ def parser(action: str) -> argparse.ArgumentParser:
 def _add_targets(actions: Any, *, recording: bool = False) -> None:
     """The actions that are about a machine (TARGETS); for ``record`` those that it takes."""
 
-    def add(name: str, arguments: str, help: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    def add(name: str, arguments: str, summary: str, description: str, epilog: str) -> argparse.ArgumentParser:
         before = "record -o FILE " if recording else ""
         parser: argparse.ArgumentParser = actions.add_parser(
             name,
-            help=help,
+            help=summary,
             usage=f"vmexit {before}{name} [options]{arguments}",
             description=description,
             epilog=None if recording else epilog,
@@ -169,7 +169,12 @@ def _add_record_options(parser: argparse.ArgumentParser, given: type[_Given], de
         "--seconds", metavar="N", type=_seconds, default=default, help="end it after so long; else when the machine ends"
     )
     parser.add_argument(
-        "-e", "-x", dest="x", action=given, metavar="COMMAND", help="an event ('!msrwrite lstar'), or another command; can be repeated"
+        "-e",
+        "-x",
+        dest="x",
+        action=given,
+        metavar="COMMAND",
+        help="an event ('!msrwrite lstar'), or another command; may be repeated",
     )
     parser.add_argument("--script", dest="script", action=given, metavar="FILE", help="carry out the commands of a file first")
 
@@ -180,7 +185,9 @@ def _add_session_options(parser: argparse.ArgumentParser, recording: bool) -> No
         _add_record_options(parser, _Given, default=argparse.SUPPRESS)
     else:
         parser.add_argument("-x", dest="x", action=_Given, metavar="COMMAND", help="carry out a command first; can be repeated")
-        parser.add_argument("--script", dest="script", action=_Given, metavar="FILE", help="carry out the commands of a file first")
+        parser.add_argument(
+            "--script", dest="script", action=_Given, metavar="FILE", help="carry out the commands of a file first"
+        )
         parser.add_argument(
             "--batch", action="store_true", help="no console: print everything, never wait, leave when the guest does"
         )

@@ -44,7 +44,13 @@ class Browser:
         # Its end of the protocol is to be at descriptors 3 and 4, whatever they are here.
         command = [
             *("bash", "-c", f'exec "$@" 3<&{to_it} 4>&{from_it}', "browser", program, "--headless=new", "--no-sandbox"),
-            *("--remote-debugging-pipe", f"--user-data-dir={folder}", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"),
+            *(
+                "--remote-debugging-pipe",
+                f"--user-data-dir={folder}",
+                "--disable-gpu",
+                "--disable-dev-shm-usage",
+                "--hide-scrollbars",
+            ),
             *("--no-first-run", "--disable-extensions", "--disable-background-networking", "--disable-component-update"),
         ]
         self._process = subprocess.Popen(

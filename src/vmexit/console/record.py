@@ -16,7 +16,7 @@ from vmexit.events.event import Event
 from vmexit.link.rings import Records
 from vmexit.link.wire import Access, Stage
 from vmexit.report.facts import counted
-from vmexit.report.format import RecordingError
+from vmexit.report.fileformat import RecordingError
 from vmexit.report.recorder import Recorder
 
 EVERYTHING = "!msrwrite"
@@ -77,7 +77,9 @@ class Tape:
         assert self._debugger is not None
         events = tuple(event.number for event in self._debugger.events)
         if events != self._events:
-            fresh = {str(event.number): _description(event) for event in self._debugger.events if event.number not in self._events}
+            fresh = {
+                str(event.number): _description(event) for event in self._debugger.events if event.number not in self._events
+            }
             self._events = events
             self._recorder.note({"events": fresh})
         if self._started_ns is None and self._debugger.started_ns is not None:
@@ -122,7 +124,7 @@ def _description(event: Event) -> Mapping[str, Any]:
     }
 
 
-def _name_of(pid: int) -> str | None:
+def _name_of(pid: int, tid: int) -> str | None:
     """Of a process of this host."""
     if pid == 0:
         return "idle"

@@ -9,7 +9,7 @@ from pathlib import Path
 from vmexit.console.render import Columns
 from vmexit.report.digest import Digest
 from vmexit.report.facts import counted
-from vmexit.report.format import RecordingError
+from vmexit.report.fileformat import RecordingError
 from vmexit.report.page import page
 from vmexit.report.reader import RecordingFile
 from vmexit.report.table import table

@@ -274,7 +274,7 @@ class _Run:
                 return
 
     def _take_the_rest(self) -> None:
-        """Nothing that has happened up to now is to be missing from a recording: the machine is halted, and all records are taken."""
+        """Nothing that has happened up to now is to be missing: the machine is halted, and all records are taken."""
         self._leaving, self._was_interrupted = True, self._interrupts.noted
         with contextlib.suppress(TargetError):  # it does not halt: what is there is there
             self._debugger.wait_until_halted()
@@ -354,7 +354,6 @@ class _Run:
         status = self._target.exit_status
         self._screen.error(exit_text(status, self._target.vmm))
         return 0 if status is None else status if status >= 0 else 128 - status
-
 
     def _why(self) -> str:
         """Why a recording ends."""

@@ -24,8 +24,10 @@ _MOST_LISTED = 1 << 12
 """MSRs whose changes are kept; all are counted."""
 
 CHANGE = np.dtype(
-    [("place", "<u8"), ("time_ns", "<u8"), ("old", "<u8"), ("new", "<u8"), ("msr", "<u4"), ("vcpu", "<u2"), ("known", "?")]
-    + [("pid", "<u4"), ("rip", "<u8")]
+    [
+        *(("place", "<u8"), ("time_ns", "<u8"), ("old", "<u8"), ("new", "<u8"), ("rip", "<u8")),
+        *(("msr", "<u4"), ("pid", "<u4"), ("vcpu", "<u2"), ("known", "?")),
+    ]
 )
 """``place``: its number among all traps. ``known``: whether the value before it is known; where not, ``old`` is 0."""
 ChangeRows = npt.NDArray[np.void]
@@ -34,8 +36,8 @@ ChangeRows = npt.NDArray[np.void]
 class Changes:
     """Follows the value of every MSR of every core.
 
-    A write counts that was carried out (as far as is known: in stage pre, nobody knows whether the processor will refuse it). What
-    was read tells a value as well.
+    A write counts that was carried out, as far as is known: in stage pre, nobody knows whether the processor will refuse it. What
+    was read tells a value, too.
     """
 
     def __init__(self) -> None:
@@ -147,8 +149,9 @@ def _rows(chunk: Chunk, first: int, found: _Found, picked: Places) -> ChangeRows
     where = found.where[picked]
     rows["place"] = where.astype(np.uint64) + np.uint64(first)
     rows["old"], rows["new"], rows["known"] = found.old[picked], found.new[picked], found.known[picked]
-    for name in ("time_ns", "msr", "vcpu", "pid", "rip"):
+    for name in ("time_ns", "msr", "vcpu", "rip"):
         rows[name] = chunk[name][where]
+    rows["pid"] = chunk.pids()[where]
     return rows
 
 

@@ -18,7 +18,7 @@ _SPREAD = np.uint64(0x9E37_79B9_7F4A_7C15)
 
 
 class Codes:
-    """Numbers different values 0, 1, 2 ... in the order in which they come. All that come after ``most`` share the next number."""
+    """Numbers different values 0, 1, 2 ... in the order in which they come. All that come after ``most`` share one number."""
 
     def __init__(self, most: int) -> None:
         self.most = most

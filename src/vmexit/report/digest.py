@@ -12,7 +12,7 @@ import numpy.typing as npt
 from vmexit.link.wire import Access, RecordFlag, Stage
 from vmexit.report.changes import ChangeRows, Changes
 from vmexit.report.counting import Codes, Places, Tally, grown, packed
-from vmexit.report.reader import Chunk, RecordingFile
+from vmexit.report.reader import NOBODY, Chunk, RecordingFile
 
 _MOST_MSRS, _MOST_PIDS, _MOST_EVENTS, _MOST_CORES = (1 << 16) - 1, (1 << 16) - 1, (1 << 8) - 1, (1 << 12) - 1
 _MOST_SERIES = 1 << 17
@@ -33,7 +33,7 @@ class Series:
     event: int
     """Its number; OTHERS where there were too many."""
     pid: int | None
-    """None where the recording tells no processes; OTHERS where there were too many."""
+    """None where it is not known; OTHERS where there were too many."""
     skipped: bool
     faulted: bool
 
@@ -98,7 +98,7 @@ class Digest:
             packed(
                 [
                     (self._msrs.of(chunk["msr"]), 17),
-                    (self._pids.of(chunk["pid"]), 17),
+                    (self._pids.of(chunk.pids()), 17),
                     (self._events.of(chunk["event"]), 9),
                     (chunk["access"].astype(np.int64) & 3, 2),
                     (chunk["stage"].astype(np.int64) & 3, 2),
@@ -108,7 +108,6 @@ class Digest:
         )
 
     def _add(self, chunk: Chunk) -> None:
-        self.has_processes |= "pid" in chunk.columns
         series, cores = self.series_of(chunk), self._cores.of(chunk["vcpu"])
         self._counts.add(packed([(series, _SERIES_BITS), (cores, _CORE_BITS)]))
         self._note_values(chunk, series)
@@ -129,6 +128,7 @@ class Digest:
 
     def _finish(self) -> None:
         keys, counts = self._counts.items()
+        self.has_processes = any(pid != NOBODY for pid in self._pids.values)
         for number in range(len(self._keys) + (self._first_places[len(self._keys) :] >= 0).any()):
             self.series.append(self._series(number))
             firsts = (self._firsts, self._lasts, self._first_places, self._last_places)
@@ -150,7 +150,7 @@ class Digest:
 
     def _series(self, number: int) -> Series:
         if number >= len(self._keys):
-            return Series(OTHERS, Access.WRMSR, Stage.PRE, OTHERS, OTHERS if self.has_processes else None, False, False)
+            return Series(OTHERS, Access.WRMSR, Stage.PRE, OTHERS, OTHERS, False, False)
         key = self._keys.values[number]
         outcome, stage, access, event = key & 3, key >> 2 & 3, key >> 4 & 3, key >> 6 & 0x1FF
         pid, msr = key >> 15 & 0x1FFFF, key >> 32 & 0x1FFFF
@@ -159,10 +159,16 @@ class Digest:
             Access.RDMSR if access == Access.RDMSR else Access.WRMSR,
             Stage.POST if stage == Stage.POST else Stage.PRE,
             self._events.values[event] - 1 if event < len(self._events) else OTHERS,
-            None if not self.has_processes else self._pids.values[pid] if pid < len(self._pids) else OTHERS,
+            self._process(pid),
             bool(outcome & 1),
             bool(outcome & 2),
         )
+
+    def _process(self, code: int) -> int | None:
+        if code >= len(self._pids):
+            return OTHERS
+        pid = self._pids.values[code]
+        return None if pid == NOBODY else pid
 
     # ---- the second pass ----
 
@@ -188,9 +194,11 @@ class Digest:
         kept = sorted(counts, key=lambda group: -counts[group])[: max(1, most)]
         place_of = {group: place for place, group in enumerate(kept)}
         if len(kept) < len(counts):
-            kept.append(Series(OTHERS, Access.WRMSR, Stage.PRE, OTHERS, OTHERS if self.has_processes else None, False, False))
+            kept.append(Series(OTHERS, Access.WRMSR, Stage.PRE, OTHERS, OTHERS, False, False))
         places = [place_of.get(group, len(kept) - 1) for group in wanted]
-        return Groups(kept, np.array([*places, *[len(kept) - 1] * (_MOST_SERIES + 1 - len(places))], np.int64), len(apart))
+        return Groups(
+            kept, np.array([*places, *[len(kept) - 1] * (_MOST_SERIES + 1 - len(places))], np.int64), len(apart - {None})
+        )
 
     def cells(self, groups: Sequence[Groups], most: int) -> list[Cells]:
         """For each of these ways to group, how many traps of each group and core there were in each of equal parts of the time.

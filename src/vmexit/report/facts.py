@@ -75,7 +75,7 @@ class Facts:
     # ---- names ----
 
     def process(self, pid: int | None) -> str:
-        """"1234 cron", "1234", "other processes", or "unknown"."""
+        """ "1234 cron", "1234", "other processes", or "unknown"."""
         if pid is None:
             return "unknown"
         if pid == OTHERS:
@@ -106,7 +106,7 @@ class Facts:
         return " ".join(found.words(value)) if found else ""
 
     def change(self, address: int, old: int, new: int, known: bool) -> str:
-        """"EFER 0x500 -> 0xd01 +SCE +NXE"; where the old value is not known, "EFER = 0xd01 SCE LME LMA NXE"."""
+        """ "EFER 0x500 -> 0xd01 +SCE +NXE"; where the old value is not known, "EFER = 0xd01 SCE LME LMA NXE"."""
         key = (address, old, new, known)
         text = self._changes.get(key)
         if text is None:
@@ -130,5 +130,5 @@ def seconds_text(nanoseconds: int) -> str:
 
 
 def counted(count: int, what: str) -> str:
-    """"1 trap", "2,000 traps"."""
+    """ "1 trap", "2,000 traps"."""
     return f"{count:,} {what}{'s' * (count != 1)}"

@@ -255,7 +255,7 @@
   const showEvents = countTable("events", "event", "event", data.events.map(([event, text]) => `${event}: ${text || "not known"}`));
   if (!meta.hasProcesses) $("processes").append(make("p", { class: "empty" }, "Unknown: these records do not tell whose traps they are."));
 
-  const processColumn = (of) => meta.hasProcesses && { title: "process", of, show: (row) => data.processes[of(row)] };
+  const processColumn = (of) => meta.hasProcesses && { title: "process", class: "one", of, show: (row) => data.processes[of(row)] };
   const showChanges = table($("changes"), only(
     { title: "seconds", class: "n m", of: (i) => changeTimes[i], show: (i) => seconds(changeTimes[i]) },
     { title: "core", class: "m", of: (i) => changeCores[i], show: (i) => data.cores[changeCores[i]] },
@@ -577,7 +577,7 @@
     ["traps", number(meta.total)], ["long", meta.spanText], ["cores", number(data.cores.length)], ["MSRs", number(data.msrs.length)],
     ["changes", number(meta.changes)], ["lost", number(meta.lost), meta.lost > 0],
   ];
-  if (meta.hasProcesses) figures.splice(4, 0, ["processes", number(data.processes.length)]);
+  if (meta.hasProcesses) figures.splice(4, 0, ["processes", number(meta.processes)]);
   $("figures").append(...figures.map(([what, value, bad]) => make("div", { class: bad ? "bad" : "" }, make("dt", {}, what), make("dd", {}, value))));
   $("notes").append(...meta.notes.map((note) => make("li", {}, note)));
   $("legend").append(...data.msrs.slice(0, NAMED).map((_, msr) => {

@@ -12,6 +12,7 @@ import numpy as np
 from vmexit.link.wire import Access, Stage
 from vmexit.report.digest import OTHERS, Cells, Digest
 from vmexit.report.facts import Facts, counted, seconds_text
+from vmexit.report.reader import NOBODY
 
 _ROOM = Path(__file__).parent
 EXACT = 20_000
@@ -122,15 +123,18 @@ class _Data:
                 f"{counted(digest.total, 'trap')} are too many to have each in this page: they are counted in parts of "
                 f"{seconds_text(width_ns)}, and the list of traps has every {stride:,}th"
             )
-        processes = len({series.pid for series in digest.series})
+        processes = len({series.pid for series in digest.series} - {None})
         if digest.has_processes and self._groups.processes < processes:
-            notes.append(f"of {processes:,} processes the {self._groups.processes:,} busiest are told apart, the others put together")
+            notes.append(
+                f"of {processes:,} processes the {self._groups.processes:,} busiest are told apart, the others put together"
+            )
         if any(series.msr == OTHERS for series in self._groups.kept):
             notes.append("there are more MSRs than can be told apart here: the rarest are put together")
         if left_out := digest.changes.left_out():
             names = [f"{count:,} of {facts.name(msr) or f'{msr:x}'}" for msr, count in sorted(left_out.items())]
             more = f" and of {len(names) - 6:,} more MSRs" if len(names) > 6 else ""
-            notes.append(f"MSRs that changed very often: the first and the last changes are listed; left out are {', '.join(names[:6])}{more}")
+            left = f"{', '.join(names[:6])}{more}"
+            notes.append(f"MSRs that changed very often: the first and the last changes are listed; left out are {left}")
         return {
             "file": digest.file.path.name,
             "machine": facts.machine,
@@ -147,6 +151,7 @@ class _Data:
             "width": 1 if self._exact else width_ns,
             "stride": 1 if self._exact else stride,
             "hasProcesses": digest.has_processes,
+            "processes": processes,
         }
 
     def _msr(self, address: int) -> list[Any]:
@@ -216,7 +221,7 @@ class _Data:
             columns[0].append(time - before)
             columns[1].append(self._cores.of(core))
             columns[2].append(self._msrs.of(msr))
-            process = pid if self._digest.has_processes else None
+            process = None if pid == NOBODY else pid
             columns[3].append(self._processes.of(process if process in self._pids else OTHERS))
             columns[4].append(self._texts.of(self._facts.change(msr, old, new, known).partition(" ")[2]))
             columns[5].append(int(known))

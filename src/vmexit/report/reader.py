@@ -16,9 +16,11 @@ import numpy as np
 
 from vmexit.link.rings import Records
 from vmexit.link.wire import RECORD
-from vmexit.report import format
-from vmexit.report.format import ChunkHead, DamagedError, Head, Numbers, RecordingError
+from vmexit.report import fileformat
+from vmexit.report.fileformat import ChunkHead, DamagedError, Head, Numbers, RecordingError
 
+NOBODY = 0xFFFF_FFFF
+"""No process has this number."""
 _NEEDED = ("time_ns", "value", "msr", "vcpu", "access", "stage")
 
 
@@ -47,6 +49,13 @@ class Chunk:
         """A column; of one that the recording lacks every number is 0."""
         found = self.columns.get(name)
         return np.zeros(len(self), np.uint8) if found is None else found
+
+    def pids(self) -> Numbers:
+        """The process of each trap; NOBODY where it is not known."""
+        if "process" not in self.columns:
+            return np.full(len(self), NOBODY, np.uint32)
+        known = (self["flags"] & np.uint8(fileformat.PROCESS_KNOWN)) != 0
+        return np.where(known, self.columns["process"], np.uint32(NOBODY))
 
     def records(self) -> Records:
         """The same as the wire has them; columns that it does not know are left out."""
@@ -97,12 +106,14 @@ class RecordingFile:
     def _scan(self) -> None:
         self.is_being_written = self._is_locked()
         self.size = os.fstat(self._file.fileno()).st_size
-        beginning = self._file.read(format.START.size)
-        if len(beginning) < format.START.size or not beginning.startswith(format.MAGIC):
+        beginning = self._file.read(fileformat.START.size)
+        if len(beginning) < fileformat.START.size or not beginning.startswith(fileformat.MAGIC):
             raise RecordingError(f"{self.path} is no recording of vmexit")
-        version = format.START.unpack(beginning)[1]
-        if version != format.VERSION:
-            raise RecordingError(f"{self.path} is of version {version} of recordings; this vmexit reads version {format.VERSION}")
+        version = fileformat.START.unpack(beginning)[1]
+        if version != fileformat.VERSION:
+            raise RecordingError(
+                f"{self.path} is of version {version} of recordings; this vmexit reads version {fileformat.VERSION}"
+            )
         while self.end is None and (place := self._file.tell()) < self.size:
             try:
                 self._scan_block(place)
@@ -122,20 +133,20 @@ class RecordingFile:
         return False
 
     def _scan_block(self, place: int) -> None:
-        head = Head.unpack(self._file.read(format.BLOCK.size))
-        offset = place + format.BLOCK.size
+        head = Head.unpack(self._file.read(fileformat.BLOCK.size))
+        offset = place + fileformat.BLOCK.size
         if offset + head.length > self.size:
             raise DamagedError("it ends within a block")
-        if head.kind == format.TRAPS:
+        if head.kind == fileformat.TRAPS:
             with self._leaving_out(place):
-                self._places.append(_Place(offset, head, ChunkHead.unpack(self._file.read(format.CHUNK.size))))
-        elif head.kind in (format.INFO, format.END):
+                self._places.append(_Place(offset, head, ChunkHead.unpack(self._file.read(fileformat.CHUNK.size))))
+        elif head.kind in (fileformat.INFO, fileformat.END):
             with self._leaving_out(place):
                 payload = self._file.read(head.length)
                 head.check(payload)
-                content = format.read_text(payload)
-                if head.kind == format.INFO:
-                    format.merge(self.info, content)
+                content = fileformat.read_text(payload)
+                if head.kind == fileformat.INFO:
+                    fileformat.merge(self.info, content)
                 else:
                     self.end = content
         self._file.seek(offset + head.length)
@@ -186,11 +197,11 @@ class RecordingFile:
                 raise RecordingError(f"{self.path}: {error.strerror}") from None
             try:
                 place.head.check(payload)
-                columns = format.read_traps(payload)
+                columns = fileformat.read_traps(payload)
                 if missing := [name for name in _NEEDED if name not in columns]:
                     raise DamagedError(f"traps without {missing[0]}")
             except DamagedError:
-                self.damaged.add(place.offset - format.BLOCK.size)
+                self.damaged.add(place.offset - fileformat.BLOCK.size)
                 continue
             yield Chunk(columns, place.chunk.lost)
 

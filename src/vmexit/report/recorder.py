@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from vmexit.link.rings import Records, joined
-from vmexit.report import format
-from vmexit.report.format import Numbers, RecordingError
+from vmexit.report import fileformat
+from vmexit.report.fileformat import Numbers, RecordingError
 
 FLUSH_S = 0.25
 """How long records wait, at most, before they are in the file, where they outlive the recorder."""
@@ -30,7 +30,7 @@ _MOST_WAITING = 1 << 19
 _LEFT_OUT = frozenset({"action", "script", "text"})
 """Fields of a record that say nothing of a trap that was recorded."""
 
-Namer = Callable[[int], str | None]
+Namer = Callable[[int, int], str | None]
 
 
 class Recorder:
@@ -43,7 +43,7 @@ class Recorder:
         """
         self.path = path
         self.name_of: Namer | None = None
-        """Gives a process's name, where records tell processes (a field "pid"); called by the thread that writes."""
+        """Gives a process's name from its number and that of one of its threads; called by the thread that writes."""
         self.lost: Callable[[], int] = lambda: 0
         """Gives how many records were lost so far; called by any thread."""
         self.traps = 0
@@ -54,7 +54,7 @@ class Recorder:
         self._waiting: deque[Records] = deque()
         self._waiting_count = 0
         self._news: list[Mapping[str, Any]] = []
-        self._named: set[int] = set()
+        self._named: dict[int, str] = {}
         self._failure: Exception | None = None
         self._changed = threading.Condition()
         self._is_closing = False
@@ -74,7 +74,7 @@ class Recorder:
         try:
             if self._is_regular:
                 os.ftruncate(self._fd, 0)
-            self._put(format.start() + format.text_block(format.INFO, info))
+            self._put(fileformat.start() + fileformat.text_block(fileformat.INFO, info))
         except OSError as error:
             raise self._error(error) from None
         self._thread = threading.Thread(target=self._write_all, name="vmexit-recorder", daemon=True)
@@ -149,13 +149,13 @@ class Recorder:
         """Writes what there is; whether that was the end."""
         parts, news, is_over = self._take()
         for info in news:
-            self._put(format.text_block(format.INFO, info))
+            self._put(fileformat.text_block(fileformat.INFO, info))
         if parts:
             records = joined(parts)
             for start in range(0, len(records), _IN_BLOCK):
                 self._put_traps(records[start : start + _IN_BLOCK])
         if is_over and self._end is not None:
-            self._put(format.text_block(format.END, {"traps": self.traps, "lost": self.lost(), **self._end}))
+            self._put(fileformat.text_block(fileformat.END, {"traps": self.traps, "lost": self.lost(), **self._end}))
         return is_over
 
     def _take(self) -> tuple[list[Records], list[Mapping[str, Any]], bool]:
@@ -171,19 +171,23 @@ class Recorder:
 
     def _put_traps(self, records: Records) -> None:
         columns: dict[str, Numbers] = {name: records[name] for name in records.dtype.names or () if name not in _LEFT_OUT}
-        self._name_processes(columns.get("pid"))
-        self._put(format.traps_block(columns, self.lost()))
+        self._name_processes(columns)
+        self._put(fileformat.traps_block(columns, self.lost()))
         self.traps += len(records)
 
-    def _name_processes(self, pids: Numbers | None) -> None:
-        """A process ends, and its name with it: so it is asked for as soon as the process is seen."""
-        if pids is None or self.name_of is None:
+    def _name_processes(self, columns: Mapping[str, Numbers]) -> None:
+        """A process ends, and its name with it: so it is asked for while its traps are fresh, and again in case it changes."""
+        if self.name_of is None or not {"process", "thread"} <= columns.keys():
             return
-        fresh = [pid for pid in np.unique(pids).tolist() if pid not in self._named]
-        self._named.update(fresh)
-        names = {str(pid): name for pid in fresh if (name := self.name_of(pid)) is not None}
+        known = np.flatnonzero(columns["flags"] & np.uint8(fileformat.PROCESS_KNOWN))
+        pids, firsts = np.unique(columns["process"][known], return_index=True)
+        names = {}
+        for pid, tid in zip(pids.tolist(), columns["thread"][known][firsts].tolist(), strict=True):
+            name = self.name_of(pid, tid)
+            if name is not None and self._named.get(pid) != name:
+                self._named[pid] = names[str(pid)] = name
         if names:
-            self._put(format.text_block(format.INFO, {"processes": names}))
+            self._put(fileformat.text_block(fileformat.INFO, {"processes": names}))
 
     def _put(self, data: bytes) -> None:
         """Writes all of it, or leaves the file as it was before."""
@@ -227,8 +231,8 @@ def _check_is_recording(path: Path) -> None:
     """A disk image, say, is not to be overwritten because of a mistyped line."""
     try:
         with path.open("rb") as file:
-            beginning = file.read(len(format.MAGIC))
+            beginning = file.read(len(fileformat.MAGIC))
     except OSError as error:
         raise RecordingError(f"{path}: {error.strerror}") from None
-    if beginning not in (b"", format.MAGIC):
+    if beginning not in (b"", fileformat.MAGIC):
         raise RecordingError(f"{path} is there already and is no recording: it is not overwritten")

@@ -37,7 +37,12 @@ def _heading(digest: Digest, facts: Facts) -> Iterator[str]:
     parts = [f"{counted(digest.total, 'trap')} in {seconds_text(span)}{rate}", counted(len(digest.by_core), "core")]
     parts += [counted(msrs, "MSR"), counted(digest.changes.total, "change"), f"{digest.file.lost:,} lost"]
     yield f"{digest.file.path}: {', '.join(parts)}"
-    told = [facts.machine, facts.recorded and f"recorded {facts.recorded}", facts.version and f"vmexit {facts.version}", facts.ended]
+    told = [
+        facts.machine,
+        facts.recorded and f"recorded {facts.recorded}",
+        facts.version and f"vmexit {facts.version}",
+        facts.ended,
+    ]
     yield "; ".join(filter(None, told))
     for number in facts.events:
         yield f"event {number:x}: {facts.event(number) or 'not known'}"
@@ -77,7 +82,7 @@ def _msrs(digest: Digest, facts: Facts, everything: bool) -> Iterator[str]:
 
 
 def _cores_text(cores: set[int]) -> str:
-    """"0-3 6"."""
+    """ "0-3 6"."""
     found: list[list[int]] = []
     for core in sorted(cores):
         if found and core == found[-1][1] + 1:
@@ -89,7 +94,10 @@ def _cores_text(cores: set[int]) -> str:
 
 def _cores(digest: Digest) -> Iterator[str]:
     rows = [("core", "traps", "share")]
-    rows += [(f"{core:x}" if core >= 0 else "others", f"{count:,}", f"{count / digest.total:.1%}") for core, count in sorted(digest.by_core.items())]
+    rows += [
+        (f"{core:x}" if core >= 0 else "others", f"{count:,}", f"{count / digest.total:.1%}")
+        for core, count in sorted(digest.by_core.items())
+    ]
     yield from _aligned(rows, {"core", "traps", "share"})
 
 
@@ -118,11 +126,13 @@ def _changes(digest: Digest, facts: Facts, everything: bool) -> Iterator[str]:
         return
     shown = rows if everything else rows[-_MOST_CHANGES:]
     what = f"{counted(digest.changes.total, 'change')} of MSRs, and first writes"
-    yield f"{what}:" if len(shown) == len(rows) else f"{what}; the last {len(shown)} of {len(rows):,} that can be listed (--all):"
+    more = "" if len(shown) == len(rows) else f"; the last {len(shown)} of {len(rows):,} that can be listed (--all)"
+    yield f"{what}{more}:"
     left_out = digest.changes.left_out()
     if everything and left_out:
         names = ", ".join(f"{count:,} of {facts.name(msr) or f'{msr:x}'}" for msr, count in sorted(left_out.items())[:8])
-        yield f"(of MSRs that changed too often, the first and the last changes; left out: {names}{', ...' * (len(left_out) > 8)})"
+        dots = ", ..." * (len(left_out) > 8)
+        yield f"(of MSRs that changed very often the first and the last changes; left out: {names}{dots})"
     yield f"{'seconds':>12}  core  change"
     for time, core, msr, old, new, known in zip(
         *(shown[name].tolist() for name in ("time_ns", "vcpu", "msr", "old", "new", "known")), strict=True
@@ -145,5 +155,3 @@ def _aligned(rows: Sequence[Sequence[str]], right: set[str]) -> Iterator[str]:
             for text, width, name in zip(row, widths, rows[0], strict=True)
         )
         yield "  ".join(cells).rstrip()
-
-

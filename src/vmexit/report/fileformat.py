@@ -42,6 +42,10 @@ CHUNK = struct.Struct("<IQQQI")
 COLUMN = struct.Struct("<BBBxI")
 """Length of its name, bytes of a number, Encoding, bytes of its data."""
 
+PROCESS_KNOWN = 8
+"""A bit of the column "flags": the columns "process" and "thread" hold the numbers of what executed the instruction. Where there
+are no such columns, or not this bit, nobody knows."""
+
 MOST_TRAPS = 1 << 20
 """Of a block; no writer makes bigger ones, so a block that claims more is damaged."""
 MOST_BYTES = 1 << 28

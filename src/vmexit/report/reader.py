@@ -166,23 +166,27 @@ class RecordingFile:
         """Whether the recorder came to its end, and everything could be read so far."""
         return self.end is not None and self.problem is None and not self.damaged
 
+    def _sound(self) -> Iterator[ChunkHead]:
+        """What blocks of traps say of themselves, those left out that are known to be damaged: all of these once it was read."""
+        return (place.chunk for place in self._places if place.offset - fileformat.BLOCK.size not in self.damaged)
+
     @property
     def total(self) -> int:
         """Its traps, as far as blocks tell."""
-        return sum(place.chunk.count for place in self._places)
+        return sum(chunk.count for chunk in self._sound())
 
     @property
     def times(self) -> tuple[int, int]:
         """When the first and the last trap happened (CLOCK_MONOTONIC, ns), as far as blocks tell."""
-        first = min((place.chunk.first_ns for place in self._places), default=0)
-        last = max((place.chunk.last_ns for place in self._places), default=first)
+        first = min((chunk.first_ns for chunk in self._sound()), default=0)
+        last = max((chunk.last_ns for chunk in self._sound()), default=first)
         return first, last
 
     @property
     def lost(self) -> int:
         """Records that were lost, as far as is known."""
         told = self.end.get("lost") if self.end else None
-        return max([place.chunk.lost for place in self._places] + [told if isinstance(told, int) else 0])
+        return max([chunk.lost for chunk in self._sound()] + [told if isinstance(told, int) else 0])
 
     def chunks(self) -> Iterator[Chunk]:
         """All traps, in the order in which they were recorded; may be called again. Blocks that are damaged are left out.

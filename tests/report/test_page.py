@@ -107,8 +107,8 @@ def test_a_boot(show: Open, tmp_path: Path) -> None:
     assert text(page, "shown") == "9 of 9 traps" and text(page, "notes") == ""
     assert cells(page, "msrs") == [
         ["EFER", "c0000080", "4", "0", "2", "0-1", "0xd01 SCE LME LMA NXE"],
-        ["MISC_ENABLE", "1a0", "2", "1", "1", "0", "0x9 FAST_STRINGS TM1"],
         ["LSTAR", "c0000082", "2", "0", "0", "0-1", "0xffffffff82000080"],
+        ["MISC_ENABLE", "1a0", "2", "1", "1", "0", "0x9 FAST_STRINGS TM1"],
     ]
     assert [row[1:] for row in cells(page, "changes")] == [
         ["0", "EFER", "first 0x500 LME LMA"],
@@ -132,6 +132,25 @@ def test_a_boot(show: Open, tmp_path: Path) -> None:
     assert cells(page, "events") == [["0: !msrwrite", "9"]]
 
 
+_FAINT = """(() => {
+    // What has less contrast to what is behind it than WCAG 2 wants of texts of this size.
+    const linear = (part) => (part / 255 <= 0.04045 ? part / 255 / 12.92 : ((part / 255 + 0.055) / 1.055) ** 2.4);
+    const light = (colour) => {
+        const [r, g, b] = colour.match(/[\\d.]+/g).map(Number).map(linear);
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+    };
+    const found = [];
+    for (const one of document.querySelectorAll('td, th, p, label span, h1, h2, dt, dd, .chip')) {
+        let ground = one;
+        while (getComputedStyle(ground).backgroundColor === 'rgba(0, 0, 0, 0)') ground = ground.parentElement;
+        const lights = [light(getComputedStyle(one).color), light(getComputedStyle(ground).backgroundColor)];
+        const contrast = (Math.max(...lights) + 0.05) / (Math.min(...lights) + 0.05);
+        if (contrast < 4.5) found.push([contrast, one.outerHTML]);
+    }
+    return found;
+})()"""
+
+
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize(("width", "height"), SIZES)
 def test_every_size_and_taste(show: Open, small: tuple[Path, Records], width: int, height: int, dark: bool) -> None:
@@ -146,13 +165,7 @@ def test_every_size_and_taste(show: Open, small: tuple[Path, Records], width: in
     colours = "((style) => [style.backgroundColor, style.color])(getComputedStyle(document.body))"
     ground, ink = (sum(map(int, colour.strip("rgb()").split(","))) for colour in page.value(colours))
     assert (ground < 120 and ink > 500) if dark else (ground > 600 and ink < 200)
-    faint = """[...document.querySelectorAll('td, th, p, label span, h1, h2, dt, dd, .chip')].map((one) => {
-        const light = (colour) => { const [r, g, b] = colour.match(/[\\d.]+/g).map((part) => { const v = part / 255;
-            return v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; }); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
-        let ground = one; while (/rgba\\(0, 0, 0, 0\\)/.test(getComputedStyle(ground).backgroundColor)) ground = ground.parentElement;
-        const [a, b] = [light(getComputedStyle(one).color), light(getComputedStyle(ground).backgroundColor)].sort((a, b) => b - a);
-        return [(a + 0.05) / (b + 0.05), one.outerHTML]; }).filter(([contrast]) => contrast < 4.5)"""
-    assert page.value(faint) == []
+    assert page.value(_FAINT) == []
     drawn = """(() => { const canvas = document.getElementById('canvas'), all = new Set();
         const { data } = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
         for (let i = 0; i < data.length; i += 4)
@@ -197,9 +210,8 @@ def test_filters(show: Open, which: str, request: pytest.FixtureRequest) -> None
     assert text(page, "shown").startswith(f"{sums(traps, vcpu=1, process=77, access=2)[0xC000_0080]:,} of")
     page.value("document.getElementById('reset').click()")
     assert counts_by_msr(page) == sums(traps) and text(page, "shown") == f"{len(traps):,} of {len(traps):,} traps"
-    page.value(
-        "(() => { const find = document.getElementById('find'); find.value = '0x123'; find.dispatchEvent(new Event('input')); })()"
-    )
+    page.value("document.getElementById('find').focus()")
+    page.press(*"0x123")
     assert set(counts_by_msr(page)) == {0x12345}
 
 
@@ -273,10 +285,11 @@ def test_tables_can_be_sorted(show: Open, small: tuple[Path, Records]) -> None:
 
 def test_long_tables_show_more(show: Open, small: tuple[Path, Records]) -> None:
     page = show(small[0])
-    assert len(cells(page, "traps")) == 60
+    rows = "document.querySelectorAll('#traps tbody tr').length"
+    assert page.value(rows) == 60
     for shown in (240, 960, 1500):
         page.value("document.querySelector('#traps .more').click()")
-        assert len(cells(page, "traps")) == shown
+        assert page.value(rows) == shown
     assert page.value("document.querySelector('#traps .more').hidden")
 
 

@@ -215,7 +215,7 @@
     }
     for (const word of rest) {
       const kind = !known ? "" : word.startsWith("+") ? " set" : word.startsWith("-") ? " unset" : "";
-      made.push(make("span", { class: `chip${kind}` }, word.replace("->", "→").replace(/^-/, "−")));
+      made.push(make("span", { class: `chip${kind}` }, word.replace("->", "→").replace(/^-/, "−")), " ");
     }
     return made;
   };

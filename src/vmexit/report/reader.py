@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from vmexit.link.rings import Records
-from vmexit.link.wire import RECORD
+from vmexit.link.wire import RECORD, Action
 from vmexit.report import fileformat
 from vmexit.report.fileformat import ChunkHead, DamagedError, Head, Numbers, RecordingError
 
@@ -60,6 +60,7 @@ class Chunk:
     def records(self) -> Records:
         """The same as the wire has them; columns that it does not know are left out."""
         records: Records = np.zeros(len(self), RECORD)
+        records["action"] = int(Action.RECORD)
         for name in RECORD.names or ():
             if name in self.columns:
                 records[name] = self.columns[name]

@@ -32,10 +32,10 @@ bench: ## measure the cost of a trap, beside gdb and Unicorn
 	@tools/setup bench
 	@$(BIN)/python -m benchmarks
 
-picture: ## take docs/images/report.png anew: a Linux boots, is recorded, and its page looked at in a browser
+picture: ## take docs/pictures/report.png anew: a Linux boots, is recorded, and its page looked at in a browser
 	@tools/setup test
 	@$(BIN)/vmexit demo --record build/boot.rec >build/picture.log
-	@$(BIN)/python -m tests.report.picture build/boot.rec docs/images/report.png
+	@$(BIN)/python -m tests.report.picture build/boot.rec docs/pictures/report.png
 
 wheel: ## build dist/vmexit-*.whl
 	@tools/setup lint

@@ -25,7 +25,7 @@ _TIME_S = 300
 
 
 def _run(*arguments: str) -> tuple[float, int, str]:
-    """vmexit with these arguments: seconds, the most memory of its children so far in bytes, what it said. Raises BenchmarkError."""
+    """vmexit with these arguments: seconds, the most memory of any child so far in bytes, what it said. Raises BenchmarkError."""
     start = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "vmexit", *arguments],

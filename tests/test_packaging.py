@@ -75,12 +75,14 @@ def test_wheel_from_source_distribution(project: Path, tmp_path: Path) -> None:
         "vmexit/msr/data/5-amd.txt",
         "vmexit/report/page.js",
     } <= names
+    assert "vmexit/guest/windows/offsets.toml" in names
     assert {name.rpartition(".")[2] for name in names if name.startswith("vmexit/")} == {
         "py",
         "typed",
         "h",
         "so",
         "txt",
+        "toml",
         "md",
         "html",
         "css",

@@ -180,16 +180,16 @@ def _pid_typed(text: str) -> int:
 def _run(parsed: argparse.Namespace, **options: Any) -> int:
     from vmexit.console.run import Options, run
     from vmexit.console.screen import OutputGoneError
-    from vmexit.guest.linux.recognise import Help
+    from vmexit.guest.system import Help
 
-    for path in (parsed.image, parsed.system_map):
+    for path in (parsed.image, parsed.system_map, parsed.pdb):
         if path is not None and not path.is_file():
             raise UsageError(f"there is no file {path}")
     everything = [*(getattr(parsed, "given_before", None) or []), *(parsed.given or [])]
     commands = [command for kind, value in everything for command in _given(kind, value)]
     batch = parsed.action == "record" or parsed.batch
     try:
-        given = Help(parsed.image, parsed.system_map)
+        given = Help(parsed.image, parsed.system_map, parsed.pdb)
         return run(Options(commands=commands, batch=batch, given=given, **options))
     except OutputGoneError as gone:
         if isinstance(gone.error, BrokenPipeError):

@@ -195,6 +195,7 @@ def _add_session_options(parser: argparse.ArgumentParser, recording: bool) -> No
     kernel.add_argument("--kernel-image", dest="image", metavar="FILE", type=Path, help="the guest's Linux kernel (bzImage)")
     kernel.add_argument("--vmlinux", dest="image", metavar="FILE", type=Path, help="the same, unpacked")
     parser.add_argument("--system-map", metavar="FILE", type=Path, help="its System.map; none of them is needed as a rule")
+    parser.add_argument("--pdb", metavar="FILE", type=Path, help="of a Windows guest's kernel: ntkrnlmp.pdb")
 
 
 def _seconds(text: str) -> float:

@@ -51,7 +51,11 @@ class Tape:
         self._debugger = debugger
         machine = {"name": debugger.target.name, "vmm": debugger.target.vmm, "vcpus": debugger.target.vcpus, "target": target}
         self._recorder.lost = debugger.dropped
-        if debugger.target.only_looks is not None and debugger.target.only_looks.names_processes:
+        looks, names = debugger.target.only_looks, debugger.thread_names
+        if looks is None:
+            # A process is called as its first thread is.
+            self._recorder.name_of = lambda pid, tid: names.get(pid, pid) or names.get(pid, tid)
+        elif looks.names_processes:
             self._recorder.name_of = _name_of
         self._info = {
             "vmexit": vmexit.__version__,

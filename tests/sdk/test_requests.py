@@ -131,7 +131,16 @@ def test_an_msr_is_a_number_of_32_bits(typist: Typist, client: Client) -> None:
 
 
 def test_a_process(typist: Typist, client: Client) -> None:
+    client.trap(GeneralEventDetail.of(TAG, LSTAR, process=4))
+    (event,) = typist.debugger.events
+    assert event.process == 4
+    assert wire.unpack("event", typist.link.events[0]).process == 4
+
+
+def test_a_process_where_none_can_be_told(typist: Typist, client: Client) -> None:
+    typist.link.capabilities = EVERYTHING & ~Capability.MEMORY
     assert refused(lambda: client.register_event(GeneralEventDetail.of(TAG, LSTAR, process=4))) == Error.INVALID_PROCESS_ID
+    assert not list(typist.debugger.events)
 
 
 def test_a_tag_is_given_once(typist: Typist, client: Client) -> None:
@@ -173,10 +182,11 @@ def test_a_machine_that_has_ended(typist: Typist, client: Client) -> None:
     ("condition", "code", "action", "way"),
     [
         (b"", b"", Action.BREAK, ""),
-        (LIFTED, b"", Action.SCRIPT, "lifted"),
+        (LIFTED, b"", Action.BREAK, "lifted"),
         (EMULATED, b"", Action.ASK, "emulated"),
         (b"", NOP, Action.ASK, "emulated"),
-        (LIFTED, NOP, Action.ASK, "emulated"),
+        (EMULATED, NOP, Action.ASK, "emulated"),
+        (LIFTED, NOP, Action.ASK, "condition lifted, code emulated"),
     ],
 )
 def test_how_actions_are_done(typist: Typist, client: Client, condition: bytes, code: bytes, action: Action, way: str) -> None:
@@ -190,9 +200,10 @@ def test_further_actions(typist: Typist, client: Client) -> None:
     client.register_event(event, LIFTED)
     (made,) = typist.debugger.events
     client.add_action(GeneralAction.of(TAG))
-    assert made.action == Action.SCRIPT
+    assert (made.action, made.way) == (Action.BREAK, "lifted")
     client.add_action(GeneralAction.of(TAG, ActionType.RUN_CUSTOM_CODE, code_size=len(NOP)), NOP)
-    assert (made.action, made.script, made.way, made.short_circuit) == (Action.ASK, None, "emulated", False)
+    assert (made.action, made.way, made.short_circuit) == (Action.ASK, "condition lifted, code emulated", True)
+    assert made.condition is not None
     client.add_action(GeneralAction.of(TAG))
     assert (made.enabled, made.action) == (True, Action.ASK)
     assert len(list(typist.debugger.events)) == 1

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from vmexit.debugger import Debugger
 from vmexit.events.event import Callback, Event
 from vmexit.link.wire import Action
 from vmexit.trap import LiveTrap
+
+_CHANGED = ("action", "callback", "condition", "buffer", "asks_first", "way", "immediate")
+"""What an event gets anew with each action."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +26,11 @@ class Step:
 class Actions:
     """What an event does at a trap; it grows with each action that is added."""
 
-    def __init__(self, debugger: Debugger, event: Event, condition: bytes | None, failures: Callable[[], int]) -> None:
-        """``condition``: machine code that decides whether there is anything to do; ``failures``: how many disable the event."""
+    def __init__(self, debugger: Debugger, event: Event, condition: bytes | None) -> None:
+        """``condition``: machine code that decides whether there is anything to do."""
         self._debugger = debugger
         self._event = event
         self._condition = condition
-        self._failures = failures
-        self._skips = event.short_circuit
         self._steps: list[tuple[Step, Callback | None]] = []
 
     def __len__(self) -> int:
@@ -39,7 +39,7 @@ class Actions:
     def add(self, step: Step, *, immediate: bool) -> None:
         """Adds one, and enables the event; or raises VmexitError, and nothing is changed."""
         event = self._event
-        before = {name: getattr(event, name) for name in ("action", "callback", "script", "short_circuit", "way", "immediate")}
+        before = {name: getattr(event, name) for name in _CHANGED}
         steps = self._steps
         try:
             self._steps = self._made([*steps, (step, None)])
@@ -56,23 +56,23 @@ class Actions:
         # Unicorn takes a moment to load.
         from vmexit.coded import Coded, UserCode, lift_condition
 
-        event = self._event
-        event.callback, event.script, event.way = None, None, ""
-        event.action, event.short_circuit = Action.BREAK, self._skips
-        only_breaks = all(step.code is None for step, _ in steps)
-        if only_breaks and (self._condition is None or lift_condition(self._debugger, UserCode(self._condition), event)):
+        event, condition = self._event, self._condition
+        event.action, event.callback, event.condition, event.asks_first, event.way = Action.BREAK, None, None, False, ""
+        if condition is not None and lift_condition(self._debugger, UserCode(condition), event):
+            condition = None
+        if condition is None and all(step.code is None for step, _ in steps):
             return steps
         made: list[tuple[Step, Callback | None]] = []
         for step, callback in steps:
             if callback is None:
-                event.action = Action.BREAK if step.code is None else Action(0)
-                event.short_circuit = self._skips
-                code = UserCode(self._condition, step.code, step.buffer)
+                event.action, event.callback, event.buffer = Action.BREAK if step.code is None else Action(0), None, None
+                code = UserCode(condition, step.code, step.buffer)
                 code.check()
-                callback = Coded(self._debugger, code, event, self._failures)
+                callback = Coded(self._debugger, code, event, lambda: self._debugger.code_failures)
             made.append((step, callback))
-        event.action, event.callback, event.way = Action.ASK, _Chain([callback for _, callback in made if callback]), "emulated"
-        event.short_circuit = self._skips and self._condition is None
+        event.action, event.callback, event.buffer = Action.ASK, _Chain([callback for _, callback in made if callback]), None
+        event.asks_first = condition is not None
+        event.way = "emulated" if event.condition is None else "condition lifted, code emulated"
         return made
 
 

@@ -80,8 +80,6 @@ class Requests:
     """Carries requests out; one object for all programs, because tags are theirs in common. Thread-safe."""
 
     debugger: Debugger
-    failures: Callable[[], int] = lambda: 16
-    """So many runs of machine code that fail in a row disable their event; 0: none do."""
     _events: dict[int, _Registered] = field(default_factory=dict)
     """By tag."""
 
@@ -168,7 +166,7 @@ class Requests:
             raise _RefusedError(_ERRORS.get(error.option, Error.UNABLE_TO_CREATE_EVENT)) from None
         except VmexitError:
             raise _RefusedError(Error.UNABLE_TO_CREATE_EVENT) from None
-        self._events[tag] = _Registered(event, Actions(self.debugger, event, rest[:size] or None, self.failures))
+        self._events[tag] = _Registered(event, Actions(self.debugger, event, rest[:size] or None))
 
     def _add_action(self, action: GeneralAction, rest: bytes) -> None:
         registered = self._find(int(action.EventTag))

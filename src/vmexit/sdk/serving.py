@@ -24,7 +24,7 @@ def serve_at(session: Session, path: str | None) -> None:
     server = None
     if wanted is not None:
         if session.sdk_requests is None:
-            session.sdk_requests = Requests(session.debugger, lambda: session.debugger.code_failures)
+            session.sdk_requests = Requests(session.debugger)
         server = Server(wanted, session.sdk_requests.serve)
         session.debugger.at_close.append(server.close)
     session.sdk = server

@@ -45,6 +45,7 @@ struct mapped {
     const uint8_t *bytes; /* null: to be read by the door */
     uint64_t physical;
     unsigned levels;
+    unsigned shared; /* so many of them, from the top, are those of the way's first page */
     struct {
         const uint8_t *at; /* null: to be read by the door */
         uint64_t value;
@@ -296,7 +297,7 @@ static bool is_direct(const struct mapped *page)
 
 static bool is_still_mapped(const struct mapped *page)
 {
-    for (unsigned level = 0; level < page->levels; level++)
+    for (unsigned level = page->shared; level < page->levels; level++)
         if (load(page->entries[level].at) != page->entries[level].value)
             return false;
     return true;
@@ -323,7 +324,9 @@ static const struct mapped *map_page(struct place *place, const struct recipe *r
     if (!paging_translate(&paging, address, &found->physical, NULL))
         return NULL;
     found->bytes = page_at(place, found->physical);
-    place->page_count++;
+    if (place->page_count++ > 0)
+        while (found->shared < found->levels && found->entries[found->shared].at == place->pages[0].entries[found->shared].at)
+            found->shared++;
     return found;
 }
 
@@ -368,11 +371,28 @@ static bool passes(const struct recipe *recipe, const struct vmexit_step *step, 
     }
 }
 
-static uint64_t little_endian(const uint8_t *bytes, unsigned size)
+/* The guest is little-endian; so are the hosts. */
+static uint64_t number_at(const uint8_t *bytes, unsigned size)
 {
-    uint64_t value = 0;
-    memcpy(&value, bytes, size); /* the guest is little-endian; so are the hosts */
-    return value;
+    uint32_t four;
+    uint16_t two;
+    switch (size) {
+    case 8:
+        return load(bytes);
+    case 4:
+        memcpy(&four, bytes, sizeof four);
+        return four;
+    case 2:
+        memcpy(&two, bytes, sizeof two);
+        return two;
+    default:
+        return *bytes;
+    }
+}
+
+static bool is_named(const struct task *task, const uint8_t *name, unsigned size)
+{
+    return size == VMEXIT_NAME_BYTES ? memcmp(task->name, name, VMEXIT_NAME_BYTES) == 0 : memcmp(task->name, name, size) == 0;
 }
 
 /* What a step has read becomes part of the task. */
@@ -383,7 +403,7 @@ static bool take(const struct recipe *recipe, const struct vmexit_step *step, co
         memcpy(task->name, bytes, step->size);
         return true;
     }
-    const uint64_t value = little_endian(bytes, step->size);
+    const uint64_t value = number_at(bytes, step->size);
     task->found[step->result] = value;
     return passes(recipe, step, value, task->found[step->source]);
 }
@@ -423,7 +443,7 @@ static bool follow_again(struct place *place, const struct recipe *recipe)
         const struct vmexit_step *step = &recipe->head.steps[i];
         const uint64_t before = task->found[step->result];
         if (step->result == VMEXIT_FOUND_NAME) {
-            if (memcmp(task->name, place->at[i], step->size) == 0)
+            if (is_named(task, place->at[i], step->size))
                 continue;
             task->is_told = false;
             take(recipe, step, place->at[i], task);

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from itertools import chain
 
@@ -49,14 +49,19 @@ class Windows:
         self._known: Known | None = None
         self._unknown: ProcessesUnknownError | None = None
         self._places: dict[int, Place] = {}
-        self._modules: list[Module] | None = None
+        self._modules: list[Module] = []
+        self._modules_hold = False
         self._module_bases: list[int] = []
         self._module_symbols: dict[Module, Symbols] = {}
+        # As RVAs; a PDB's hold the exports, too.
+        self._symbols = profile.symbols if profile else symbols_of(self.image)
+        # Both are read now, while the machine stands: names are asked for while it runs, too.
+        self._functions = self.image.functions
 
     def forget(self) -> None:
         """The machine has run, or somebody has changed its memory."""
         self.memory.forget()
-        self._modules = None
+        self._modules_hold = False
         self._known = self._unknown = None
 
     def is_still_there(self) -> bool:
@@ -120,11 +125,6 @@ class Windows:
 
     # ---- symbols ----
 
-    @cached_property
-    def _symbols(self) -> Symbols:
-        """As RVAs; a PDB's hold the exports, too."""
-        return self.profile.symbols if self.profile else symbols_of(self.image)
-
     @property
     def symbol_count(self) -> int:
         """How many symbols of the kernel's own are known."""
@@ -140,11 +140,12 @@ class Windows:
     @property
     def modules(self) -> list[Module]:
         """By their address, without the kernel itself; empty where the list cannot be found."""
-        if self._modules is None:
+        if not self._modules_hold:
             head = self._variable("PsLoadedModuleList")
             found = read_modules(self.memory, head) if head is not None else []
             self._modules = sorted((each for each in found if each.base != self.image.base), key=lambda module: module.base)
             self._module_bases = [module.base for module in self._modules]
+            self._modules_hold = True
         return self._modules
 
     def module_symbols(self, module: Module) -> Symbols:
@@ -156,7 +157,9 @@ class Windows:
 
     def module_at(self, address: int) -> Module | None:
         """The driver whose code or data an address is."""
-        modules = self.modules
+        return self._module_of(self.modules, address)
+
+    def _module_of(self, modules: list[Module], address: int) -> Module | None:
         index = bisect_right(self._module_bases, address) - 1
         if index < 0 or address >= modules[index].base + modules[index].size:
             return None
@@ -171,12 +174,33 @@ class Windows:
         rva = address - self.image.base
         if not 0 <= rva < self.image.size:
             return self._in_module(address)
+        return self._in_kernel(rva)
+
+    def known_name(self, address: int) -> Place | None:
+        """The same without looking at the machine, which may run: a driver's where it was among those last seen."""
+        rva = address - self.image.base
+        if 0 <= rva < self.image.size:
+            return self._places.get(address) or self._in_kernel(rva)
+        module = self._module_of(self._modules, address)
+        return self._place(module, self._module_symbols.get(module), address) if module else None
+
+    @property
+    def seen_modules(self) -> list[Module]:
+        """Those last seen, without looking at the machine: another list each time that they have been read."""
+        return self._modules
+
+    def look_at_modules(self) -> None:
+        """Reads them and what they export, so that ``known_name`` and ``known_address`` know them when the machine runs again."""
+        for module in self.modules:
+            self.module_symbols(module)
+
+    def _in_kernel(self, rva: int) -> Place:
         found = self._symbols.at(rva)
         if found is None or not self._is_one_function(rva - found[1], rva):
             found = (NT, rva)
         if len(self._places) >= _MOST_PLACES:
             self._places.clear()
-        place = self._places[address] = Place(*found, NT)
+        place = self._places[rva + self.image.base] = Place(*found, NT)
         return place
 
     def _is_one_function(self, symbol: int, rva: int) -> bool:
@@ -187,14 +211,18 @@ class Windows:
         if function is not None:
             return symbol >= function[0]
         # A leaf function is not in the table; one that is may lie between.
-        between = self.image.functions[:, 0]
+        between = self._functions[:, 0]
         return not bool(((between > symbol) & (between <= rva)).any())
 
     def _in_module(self, address: int) -> Place | None:
         module = self.module_at(address)
         if module is None:
             return None
-        found = self.module_symbols(module).at(address)
+        return self._place(module, self.module_symbols(module), address)
+
+    @staticmethod
+    def _place(module: Module, symbols: Symbols | None, address: int) -> Place:
+        found = symbols.at(address) if symbols is not None else None
         # What a driver exports says little of the rest of it: only the very address.
         if found is None or found[1]:
             return Place(module.name, address - module.base, module.name)
@@ -202,6 +230,13 @@ class Windows:
 
     def address_of(self, name: str) -> int | None:
         """Of a symbol: "NtClose", "nt!NtClose", "tcpip!..."; the kernel's own go first. None: there is none."""
+        return self._address_of(name, lambda: self.modules)
+
+    def known_address(self, name: str) -> int | None:
+        """The same without looking at the machine: a driver's where it was among those last seen."""
+        return self._address_of(name, lambda: [module for module in self._modules if module in self._module_symbols])
+
+    def _address_of(self, name: str, modules: Callable[[], list[Module]]) -> int | None:
         wanted, has_module, symbol = name.rpartition("!")
         if not has_module or wanted.lower() in _KERNEL_NAMES:
             rva = self._symbols.find(symbol)
@@ -211,7 +246,7 @@ class Windows:
                 return self.image.base + rva
             if has_module:
                 return None
-        for module in self.modules:
+        for module in modules():
             if not has_module or module.name.lower() == wanted.lower():
                 address = self.module_symbols(module).find(symbol)
                 if address is not None:

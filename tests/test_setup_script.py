@@ -177,3 +177,24 @@ def test_agent_is_compiled_again_when_its_sources_change(machine: Machine) -> No
     (machine.project / "pyproject.toml").write_text("[project]\n")
     assert calls() == [install]
     assert calls() == []
+
+
+@pytest.mark.parametrize(("target", "is_wanted"), [("test", True), ("demo", False)])
+def test_a_browser_is_for_the_tests_and_no_reason_to_give_up(machine: Machine, target: str, is_wanted: bool) -> None:
+    for name in ("qemu-system-x86_64", "busybox", "apt-cache"):
+        machine.play(name, "exit 0")
+    machine.add("gcc", Path("/usr/bin/gcc"))
+    machine.play("id", "echo 0")
+    machine.play("apt-get", "exit 1")
+    scripts = machine.project / ".venv" / "bin"
+    scripts.mkdir(parents=True)
+    (scripts / "pip").write_text(f"#!{scripts}/python\n")
+    (scripts / "python").write_text("#!/bin/sh\necho 'ERROR: no network'\nexit 1\n")
+    (scripts / "python").chmod(0o755)
+    lines = machine.setup(target)
+    browser = [
+        "setup: installing Debian packages: chromium",
+        "setup: cannot install chromium; the tests that need a browser are skipped (see build/setup.log)",
+    ]
+    assert lines[:-2] == (browser if is_wanted else [])
+    assert lines[-1] == "setup: cannot install vmexit into .venv (no network?): no network (see build/setup.log)"

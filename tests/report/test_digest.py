@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.report.traps import WITH_PROCESS, boot, of_process, record, records_of, trap
+from tests.report.traps import boot, of_process, record, records_of, trap
 from vmexit.link.wire import Access, RecordFlag, Stage
 from vmexit.report import changes, digest
 from vmexit.report.counting import Codes, Tally
@@ -153,7 +153,7 @@ def test_more_kinds_than_are_told_apart(tmp_path: Path, digest_of: Digests, monk
 
 def test_processes_are_put_together_the_rarest_first(tmp_path: Path, digest_of: Digests) -> None:
     rows = [trap(msr, 0, **of_process(pid)) for pid in range(1, 11) for msr in (1, 2) for _ in range(pid)]
-    found = digest_of(record(tmp_path / "r", records_of([*rows, trap(3, 0)], dtype=WITH_PROCESS)))
+    found = digest_of(record(tmp_path / "r", records_of([*rows, trap(3, 0)])))
     groups = found.groups(9)
     assert groups.processes == 3 and len(groups.kept) <= 9
     assert {group.pid for group in groups.kept} == {10, 9, 8, OTHERS, None}
@@ -217,7 +217,7 @@ def test_the_table(tmp_path: Path) -> None:
 
 def test_the_table_of_processes(tmp_path: Path) -> None:
     rows = [trap(0x10, value, **of_process(1)) for value in range(3)] + [trap(0x10, 9, **of_process(77)), trap(0x10, 9)]
-    path = record(tmp_path / "r", records_of(rows, dtype=WITH_PROCESS), name_of=lambda pid, tid: {1: "init"}.get(pid))
+    path = record(tmp_path / "r", records_of(rows), name_of=lambda pid, tid: {1: "init"}.get(pid))
     lines = lines_of(path)
     start = next(i for i, line in enumerate(lines) if line.startswith("process "))
     assert [line.split() for line in lines[start : start + 4]] == [

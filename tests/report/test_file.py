@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as numbers
 
-from tests.report.traps import WITH_PROCESS, boot, of_process, record, records_of, trap
+from tests.report.traps import boot, of_process, record, records_of, trap
 from vmexit.link.rings import Records, joined
 from vmexit.link.wire import RECORD
 from vmexit.report import fileformat
@@ -139,7 +139,7 @@ def test_columns_that_only_some_records_have(tmp_path: Path) -> None:
     recorder.name_of = lambda pid, tid: next(names) if (pid, tid) == (1, 7) else None
     recorder.begin({})
     for start in range(3):
-        recorder.add(records_of([trap(0x10, 1, **of_process(1, 7)), trap(0x10, 2)], start=2 * start, dtype=WITH_PROCESS))
+        recorder.add(records_of([trap(0x10, 1, **of_process(1, 7)), trap(0x10, 2)], start=2 * start))
         before = recorder.traps
         while recorder.traps == before:
             time.sleep(0.01)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.report.browser import Browser, browser
-from tests.report.traps import WITH_PROCESS, boot, of_process, record, records_of, trap
+from tests.report.traps import boot, of_process, record, records_of, trap
 from vmexit.link.rings import Records
 from vmexit.report import page as pages
 from vmexit.report.digest import Digest
@@ -76,7 +76,7 @@ def busy(count: int) -> Records:
         value = source.choice((0x500, 0xD01)) if msr == 0xC000_0080 else source.getrandbits(32)
         access = 2 if source.random() < 0.2 else 1
         rows.append(trap(msr, value, vcpu=place % 3, access=access, stage=access, **of_process(source.choice((1, 77, 4242)))))
-    return records_of(rows, dtype=WITH_PROCESS)
+    return records_of(rows)
 
 
 NAMES = {1: "init", 77: "<script>alert(1)</script>"}

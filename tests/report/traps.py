@@ -14,8 +14,6 @@ from vmexit.report.fileformat import PROCESS_KNOWN
 from vmexit.report.recorder import Recorder
 
 START_NS = 5_000_000_000
-WITH_PROCESS = np.dtype([*((name, RECORD[name]) for name in RECORD.names or ()), ("process", "<u4"), ("thread", "<u4")])
-"""Records that tell who executed the instruction."""
 
 
 def trap(msr: int, value: int, **fields: int) -> Mapping[str, int]:
@@ -23,10 +21,10 @@ def trap(msr: int, value: int, **fields: int) -> Mapping[str, int]:
     return {"msr": msr, "value": value, **fields}
 
 
-def records_of(traps: Iterable[Mapping[str, int]], *, start: int = 0, dtype: Any = RECORD) -> Records:
+def records_of(traps: Iterable[Mapping[str, int]], *, start: int = 0) -> Records:
     """Records a microsecond apart; ``start``: how many there were before."""
     rows = list(traps)
-    records: Records = np.zeros(len(rows), dtype)
+    records: Records = np.zeros(len(rows), RECORD)
     records["sequence"] = np.arange(start, start + len(rows))
     records["time_ns"] = START_NS + records["sequence"] * np.uint64(1000)
     usual = {

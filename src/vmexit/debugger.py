@@ -8,7 +8,7 @@ import select
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -23,13 +23,15 @@ from vmexit.link.client import RequestError
 from vmexit.link.rings import Records
 from vmexit.link.wire import Access, Action, Stage, Status
 from vmexit.msr import address_of
+from vmexit.outputs import Outputs
+from vmexit.outputs.kinds import Machine
 from vmexit.prints import Printed, printed
 from vmexit.program import Program, check
 from vmexit.recording import Recording, Summary
 from vmexit.script.compile import CompiledScript, Compiler
 from vmexit.script.runtime import DEFAULT_STACK, DEFAULT_STEPS, Runtime, check_limits
 from vmexit.targets.base import Notice, NoticeKind, Target
-from vmexit.trap import LiveTrap, Registers, Trap, traps_of
+from vmexit.trap import LiveTrap, Registers, Trap, record_of, traps_of
 
 # How long the debugger sleeps when nothing calls it: records that need not be seen at once wait no longer than this.
 _POLL_S = 0.05
@@ -120,6 +122,8 @@ class Debugger:
         self.listeners: list[Listener] = []
         self.record_listeners: list[RecordListener] = []
         self.print_listeners: list[PrintListener] = []
+        self.outputs = Outputs(self._told_of, lambda: self.overflow is Overflow.WAIT)
+        """Where results go besides: files, sockets, modules ... An event names those that are its own."""
         self.compiler = Compiler()
         """Of the session's scripts, which share their global variables."""
         self.script_steps = DEFAULT_STEPS
@@ -154,14 +158,33 @@ class Debugger:
         """Lets go of the machine, which runs on by itself. Another debugger can attach to it."""
         with self.lock:
             self._check_alive()
+            self._take_rest()
             self.state = State.ENDED
             self.target.detach()
+        self.outputs.finish()
 
     def close(self) -> None:
-        """Ends a machine that vmexit has started, and nothing of it is left behind; lets go of any other."""
+        """Ends a machine that vmexit has started, and nothing of it is left behind; lets go of any other.
+
+        Outputs have some seconds to deliver what is waiting; what is left they count.
+        """
         with self.lock:
+            self._take_rest()
             self.state = State.ENDED
             self.target.close()
+        self.outputs.finish()
+
+    def _take_rest(self) -> None:
+        """What outputs are still to be told."""
+        if self.state != State.ENDED and len(self.outputs):
+            with contextlib.suppress(VmexitError):
+                self._drain()
+
+    def _told_of(self) -> Machine:
+        """What outputs are told of the machine."""
+        from vmexit.console.render import Columns
+
+        return Machine(self.target.name, self.target.pid or 0, lambda records: Columns(self.started_ns).lines(records))
 
     # ---- events ----
 
@@ -175,8 +198,10 @@ class Debugger:
             self.events.add(event)
             self._rings.clear_hits(event.slot)
             try:
+                self.outputs.join(event)
                 self._push()
             except BaseException:
+                self.outputs.leave(event)
                 self.events.remove(event)
                 raise
         return event
@@ -192,16 +217,18 @@ class Debugger:
         short_circuit: bool = False,
         immediate: bool = False,
         keep: int = _KEPT,
+        outputs: Sequence[str] = (),
     ) -> Event:
         """Traps WRMSR: calls ``callback`` with each, runs ``script`` at each, or both; else records it.
 
         ``msr``: one address, a name ("LSTAR"), a range of addresses, or None for all but those that are written all the time
         (events.msrs). ``core``: a vCPU's index, None for all. ``script``: text of the script language, which runs in the
         vCPU's thread, before the callback; what it prints goes to ``print_listeners``. ``keep``: so many of the newest records
-        stay in ``event.recording``; none with a callback or script. Raises VmexitError where it cannot be, ScriptError (one of
-        these) for a script that does not compile.
+        stay in ``event.recording``; none with a callback or script. ``outputs``: names of outputs (``self.outputs``) that what the
+        script prints, or each trap, goes to. Raises VmexitError where it cannot be, ScriptError (one of these) for a script
+        that does not compile.
         """
-        return self._on_access(Access.WRMSR, msr, callback, core, stage, script, short_circuit, immediate, keep)
+        return self._on_access(Access.WRMSR, msr, callback, core, stage, script, short_circuit, immediate, keep, outputs)
 
     def on_msr_read(
         self,
@@ -214,9 +241,10 @@ class Debugger:
         short_circuit: bool = False,
         immediate: bool = False,
         keep: int = _KEPT,
+        outputs: Sequence[str] = (),
     ) -> Event:
         """Traps RDMSR; as on_msr_write. What was read is to be seen, and changed, in Stage.POST."""
-        return self._on_access(Access.RDMSR, msr, callback, core, stage, script, short_circuit, immediate, keep)
+        return self._on_access(Access.RDMSR, msr, callback, core, stage, script, short_circuit, immediate, keep, outputs)
 
     def _on_access(
         self,
@@ -229,6 +257,7 @@ class Debugger:
         short_circuit: bool,
         immediate: bool,
         keep: int,
+        outputs: Sequence[str],
     ) -> Event:
         if isinstance(script, str):
             script = self.compiler.compile(script)
@@ -253,6 +282,7 @@ class Debugger:
                 immediate=immediate,
                 text=f"on_msr_{'write' if access == Access.WRMSR else 'read'}({msrs})",
                 recording=None if action else Recording(keep),
+                outputs=tuple(outputs),
             )
         )
 
@@ -507,7 +537,9 @@ class Debugger:
         with self.lock:
             worked = self._work()
         if timeout > 0 and not worked and self.state != State.ENDED:
-            if not self._is_called_soon():
+            if self._is_held_back():
+                self.outputs.wait_for_room(min(timeout, _POLL_S))
+            elif not self._is_called_soon():
                 self._sleep(timeout)
             with self.lock:
                 self._work()
@@ -547,7 +579,8 @@ class Debugger:
         """Deals with what is there; whether any of it was more than records, which nobody waits for."""
         if self.state == State.ENDED:
             return False
-        actions = self._drain()
+        # Where an output is full and nothing may be lost, the rings fill up too, and the vCPUs wait.
+        actions = 0 if self._is_held_back() else self._drain()
         is_more = bool(actions & ~_RECORD)
         # Looking for notices takes some system calls, too many for every question.
         now = time.monotonic()
@@ -560,6 +593,9 @@ class Debugger:
         for notice in notices:
             self._on_target_notice(notice)
         return is_more or bool(notices)
+
+    def _is_held_back(self) -> bool:
+        return self.state == State.RUNNING and not self._halting and self.outputs.hold_back()
 
     def _drain(self, *, final: bool = False) -> int:
         """Deals with the records that are there; their actions (Action), all together."""
@@ -599,6 +635,7 @@ class Debugger:
             self._print(records)
             return
         self.summary.add(records)
+        self.outputs.take(records, action)
         if action == _RECORD:
             self._keep(records)
             for listener in list(self.record_listeners):
@@ -613,10 +650,20 @@ class Debugger:
             else:
                 self._breaks.append(trap)
 
+    def tell(self, trap: Trap) -> None:
+        """Hands a trap on as a record, for a callback whose event ``tells_itself``: to outputs and listeners."""
+        records = record_of(trap._replace(action=Action.RECORD))
+        self.outputs.take(records, _RECORD)
+        for listener in list(self.record_listeners):
+            listener(records)
+        for each in list(self.listeners):
+            each(list(traps_of(records)))
+
     def _print(self, records: Records) -> None:
         for text in printed(records, self._rings, self._program.scripts):
             if text.fault is not None and (event := self.events.get(text.event)) is not None:
                 event.faults += 1
+            self.outputs.take_printed(text)
             for listener in list(self.print_listeners):
                 with self._keeping_errors():
                     listener(text)

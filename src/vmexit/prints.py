@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -31,6 +31,10 @@ class Printed:
     text: bytes
     fault: ScriptRunError | None = None
     """Why the run was ended; then there is no text."""
+    parts: Sequence[bytes] = ()
+    """The text of each print by itself."""
+    records: Records | None = None
+    """The agent's record of each print, or of the fault; None: the agent knows nothing of it."""
 
 
 def printed(records: Records, rings: Rings, scripts: Mapping[int, CompiledScript]) -> Iterator[Printed]:
@@ -45,9 +49,10 @@ def printed(records: Records, rings: Rings, scripts: Mapping[int, CompiledScript
         if is_fault[start]:
             place, detail = rings.text(records[start:end], 1, 2)[0].tolist()
             fault = scripts[int(first["script"])].fault(int(headers[start]) >> 32, place, detail)
-            yield Printed(event, core, time_ns, b"", fault)
+            yield Printed(event, core, time_ns, b"", fault, (), records[start:end])
         else:
-            yield Printed(event, core, time_ns, b"".join(texts[start:end]))
+            parts = texts[start:end]
+            yield Printed(event, core, time_ns, b"".join(parts), None, parts, records[start:end])
         start = end
 
 

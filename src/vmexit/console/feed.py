@@ -62,10 +62,21 @@ class Feed:
         self._guest_passed_over = 0
         self._lost_told = 0
         self._lost_when = 0.0
-        self._debugger.record_listeners.append(self._items.append)
-        self._debugger.print_listeners.append(self._items.append)
+        self._debugger.record_listeners.append(self._take_records)
+        self._debugger.print_listeners.append(self._take_printed)
         self._debugger.on_stop = self._items.append
         self._debugger.on_notice = self._items.append
+
+    def _take_records(self, records: Records) -> None:
+        """Those that do not go elsewhere."""
+        records = self._debugger.outputs.unclaimed(records)
+        if len(records):
+            self._items.append(records)
+
+    def _take_printed(self, printed: Printed) -> None:
+        """The same; mistakes are shown all the same."""
+        if not printed.parts or not self._debugger.outputs.has_route(printed.event):
+            self._items.append(printed)
 
     def hurry(self) -> None:
         """Somebody does not want to wait for a long backlog on a terminal: only its end will be shown, and how much was not."""
@@ -238,6 +249,8 @@ class Feed:
 
     def _tell_losses(self, stopped: bool) -> None:
         """As soon as there are any, and then not too often."""
+        for line in self._debugger.outputs.news():
+            self._screen.write(line)
         lost = self._debugger.dropped()
         if lost == self._lost_told or not (stopped or time.monotonic() - self._lost_when >= _LOSS_S):
             return

@@ -1,0 +1,249 @@
+"""All outputs of a debugger, and which events go to which of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from vmexit.events.event import Event, EventError
+from vmexit.link.rings import Records
+from vmexit.link.wire import Action
+from vmexit.outputs.kinds import KINDS, Machine
+from vmexit.outputs.output import Output, OutputState
+from vmexit.outputs.rows import Item, Prints, Traps
+from vmexit.outputs.sink import OutputError
+from vmexit.prints import Printed
+
+MOST = 5
+"""Outputs of one event."""
+_FLUSH_S = 5.0
+"""How long all of them together may take to deliver what is waiting, when the debugger lets go of its machine."""
+_TELL_S = 1.0
+_STALL_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Route:
+    """Where the results of one event go."""
+
+    outputs: tuple[Output, ...]
+    lines: Action
+    """Records of which a line of text is made."""
+    rows: Action
+    """Records that tell structured outputs of a trap."""
+    waits: bool
+    """Several records may be of one trap."""
+
+
+@dataclass(slots=True)
+class _Told:
+    """What the user knows of an output."""
+
+    trouble: str | None = None
+    dropped: int = 0
+    when: float = 0.0
+    stalled: bool = False
+
+
+class Outputs:
+    """The outputs by name, in the order in which they were created. Thread-safe, as far as its debugger is."""
+
+    def __init__(self, machine: Callable[[], Machine], waits: Callable[[], bool]) -> None:
+        """``machine``: what outputs tell of; ``waits``: whether the guest waits where there is no room, instead of losing some."""
+        self._machine = machine
+        self._waits = waits
+        self._outputs: dict[str, Output] = {}
+        self._routes: dict[int, _Route] = {}
+        self._ids = np.empty(0, np.uint32)
+        """Of the events that have a route, as records have them."""
+        self._told: dict[str, _Told] = {}
+
+    def __iter__(self) -> Iterator[Output]:
+        return iter(list(self._outputs.values()))
+
+    def __len__(self) -> int:
+        return len(self._outputs)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._outputs
+
+    def __getitem__(self, name: str) -> Output:
+        """Raises OutputError where there is none of that name."""
+        if name not in self._outputs:
+            raise OutputError(f"there is no output '{name}'")
+        return self._outputs[name]
+
+    # ---- what a user does ----
+
+    def create(self, name: str, kind: str, *address: str) -> Output:
+        """Makes an output of a kind ("file", "namedpipe", "tcp", "module", "unix", "jsonl", "perfetto", "nats").
+
+        ``address``: a path, HOST:PORT, or for "nats" the server's URL and a subject. It is checked, and nothing is opened. Raises
+        OutputError.
+        """
+        if not name or not name.isprintable() or any(char in name for char in ' ,{}"'):
+            raise OutputError(f"'{name}' is no name for an output: no blanks, commas, quotes and braces")
+        if name in self._outputs:
+            state = self._outputs[name].state
+            more = ": choose another name, also for the same address" if state is OutputState.CLOSED else ""
+            raise OutputError(f"there is an output '{name}' already, which is {state.value}{more}")
+        if kind not in KINDS:
+            raise OutputError(f"there are no outputs of kind '{kind}'", None, f"there are {', '.join(KINDS)}")
+        words = KINDS[kind].address
+        if len(address) != len(words):
+            raise OutputError(f"an output of kind '{kind}' takes {' and '.join(words)}")
+        sink, encoder = KINDS[kind].make(address, self._machine())
+        output = self._outputs[name] = Output(name, kind, address, sink, encoder)
+        self._told[name] = _Told()
+        return output
+
+    def open(self, name: str) -> Output:
+        """Opens it. Raises OutputError where that cannot be; ``trouble`` tells of a destination that is still waited for."""
+        output = self[name]
+        output.open()
+        self._told[name].trouble = output.trouble
+        return output
+
+    def close(self, name: str, seconds: float = _FLUSH_S) -> Output:
+        """Delivers what is waiting, for so many seconds at most, and closes it for good. What is left counts as dropped."""
+        output = self[name]
+        if output.state is OutputState.CLOSED:
+            raise OutputError(f"the output '{name}' is closed already")
+        output.close(seconds)
+        return output
+
+    # ---- what the debugger does ----
+
+    def join(self, event: Event) -> None:
+        """Takes note of where the results of a new event go. Raises EventError for outputs that it cannot have."""
+        if not event.outputs:
+            return
+        if len(event.outputs) > MOST:
+            raise EventError("output", f"an event has {MOST} outputs at most, not {len(event.outputs)}")
+        for name in event.outputs:
+            try:
+                output = self[name]
+            except OutputError as error:
+                raise EventError("output", f"{error}; 'output create' makes one") from None
+            if output.state is OutputState.CLOSED:
+                raise EventError("output", f"the output '{name}' is closed, and cannot be used any more")
+        outputs = tuple(self[name] for name in dict.fromkeys(event.outputs))
+        tells = any(output.structured for output in outputs)
+        action = event.action
+        event.forwarded = Action.RECORD if tells and action & Action.SCRIPT else Action(0)
+        shown = action & Action.RECORD
+        if not shown and not action & Action.SCRIPT:
+            shown = action & (Action.ASK | Action.BREAK)
+        if event.tells_itself:
+            shown &= ~Action.ASK
+        rows = Action.RECORD | Action.BREAK | (Action(0) if event.tells_itself else Action.ASK)
+        together = action | event.forwarded
+        self._routes[event.number] = _Route(outputs, shown, rows, together.bit_count() > 1)
+        self._ids = np.array([number + 1 for number in self._routes], np.uint32)
+
+    def leave(self, event: Event) -> None:
+        """The event could not be made after all. (One that is cleared keeps its route: some of its records are still to come.)"""
+        self._routes.pop(event.number, None)
+        self._ids = np.array([number + 1 for number in self._routes], np.uint32)
+
+    def has_route(self, event: int) -> bool:
+        """Whether the results of the event with that number go to outputs, and not to the screen."""
+        return event in self._routes
+
+    def unclaimed(self, records: Records) -> Records:
+        """Those of events without outputs."""
+        if not len(self._ids):
+            return records
+        claimed = np.isin(records["event"], self._ids)
+        return records[~claimed] if claimed.any() else records
+
+    def take(self, records: Records, action: int) -> None:
+        """Records of one action, as they come."""
+        if not len(self._ids):
+            return
+        numbers = [int(number) - 1 for number in np.unique(records["event"])]
+        wanted: dict[str, list[int]] = {}
+        for number in numbers:
+            route = self._routes.get(number)
+            if route is None:
+                continue
+            for output in route.outputs:
+                if (route.rows if output.structured else route.lines) & action:
+                    wanted.setdefault(output.name, []).append(number)
+        for name, events in wanted.items():
+            part = records
+            if len(events) < len(numbers):
+                part = records[np.isin(records["event"], [number + 1 for number in events])]
+            waits = any(self._routes[number].waits for number in events)
+            self._put((self._outputs[name],), Traps(part, waits))
+
+    def take_printed(self, printed: Printed) -> None:
+        """What a script has printed, or why it was ended, which structured outputs tell."""
+        route = self._routes.get(printed.event)
+        if route is None or printed.records is None:
+            return
+        if printed.fault is not None:
+            fault = Prints(printed.records, (), str(printed.fault))
+            self._put((output for output in route.outputs if output.structured), fault)
+        else:
+            self._put(route.outputs, Prints(printed.records, tuple(printed.parts)))
+
+    def _put(self, outputs: Iterable[Output], item: Item) -> None:
+        waits = self._waits()
+        for output in outputs:
+            output.put(item, waits=waits)
+
+    def hold_back(self) -> bool:
+        """Whether nothing more should be taken from the machine for now, so that it waits."""
+        if not self._outputs or not self._waits():
+            return False
+        held = False
+        for output in self._outputs.values():
+            held |= output.holds_back
+        return held
+
+    def wait_for_room(self, seconds: float) -> None:
+        """Waits until the machine's records can be taken again, for so long at most."""
+        full = next((output for output in self._outputs.values() if output.holds_back), None)
+        if full is not None:
+            full.wait_for_room(seconds)
+
+    def finish(self, seconds: float = _FLUSH_S) -> None:
+        """Closes all of them; together they have so many seconds to deliver what is waiting."""
+        deadline = time.monotonic() + seconds
+        outputs = [output for output in self if output.state is OutputState.OPENED]
+        for output in outputs:
+            output.begin_closing(seconds)
+        for output in outputs:
+            output.close(max(0.0, deadline - time.monotonic()))
+
+    # ---- what a user is told ----
+
+    def news(self) -> list[str]:
+        """What a user should know and was not told yet, a line each: destinations that are away or back, what was lost."""
+        return [line for output in self._outputs.values() for line in self._news_of(output)]
+
+    def _news_of(self, output: Output) -> Iterator[str]:
+        told = self._told[output.name]
+        now = time.monotonic()
+        if output.state is OutputState.OPENED:
+            if output.held_back_s > _STALL_S and not told.stalled and self._waits():
+                told.stalled = True
+                yield f"{_called(output)}: the guest waits for it ('settings overflow drop' or 'output close' let it go on)"
+            if now - told.when < _TELL_S:
+                return
+            trouble = output.trouble
+            if trouble != told.trouble:
+                told.trouble, told.when = trouble, now
+                yield f"{_called(output)}: {trouble}; it is tried again" if trouble else f"{_called(output)} takes again"
+            told.stalled &= output.is_full
+        if (dropped := output.dropped) != told.dropped:
+            told.dropped, told.when = dropped, now
+            yield f"{_called(output)}: {dropped:,} message{'s' * (dropped != 1)} not delivered so far"
+
+
+def _called(output: Output) -> str:
+    return f"output '{output.name}' ({output.kind} {' '.join(output.address)})"

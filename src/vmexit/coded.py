@@ -10,7 +10,7 @@ from vmexit.errors import VmexitError
 from vmexit.events.event import Event
 from vmexit.link.wire import Action, constant
 from vmexit.prints import Printed
-from vmexit.trap import LiveTrap, Trap, record_of, traps_of
+from vmexit.trap import LiveTrap
 from vmexit.usercode.errors import CodeRunError
 from vmexit.usercode.lift import lift
 from vmexit.usercode.sandbox import Buffer, Kind, Sandbox, check_buffer
@@ -104,6 +104,7 @@ class Coded:
         event.action = Action.ASK
         event.way = "emulated"
         event.callback = self
+        event.tells_itself = True
 
     def __call__(self, trap: LiveTrap) -> None:
         """At a trap."""
@@ -114,8 +115,8 @@ class Coded:
                 return
             if self._skips:
                 trap.skip()
-            if self._records:
-                self._record(trap.trap)
+            if self._records or (self._event.outputs and not self._breaks):  # a break is told by its own record
+                self._debugger.tell(trap.trap, shown=self._records)
             if self._code:
                 self._run(self._code, trap, guest)
         except CodeRunError as error:
@@ -138,13 +139,6 @@ class Coded:
                 if was != value:
                     trap.registers[name] = value
         return result.rax
-
-    def _record(self, trap: Trap) -> None:
-        records = record_of(trap._replace(action=Action.RECORD))
-        for listener in list(self._debugger.record_listeners):
-            listener(records)
-        for each in list(self._debugger.listeners):
-            each(list(traps_of(records)))
 
     def _failed(self, trap: LiveTrap, why: str) -> None:
         self._event.faults += 1

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from vmexit.events.msrs import UNNAMED_READS, UNNAMED_WRITES, MsrSet
 from vmexit.events.table import EventTable
 from vmexit.guest.disassembly import Mode, mode_of
 from vmexit.link.client import RequestError
-from vmexit.link.rings import Records
+from vmexit.link.rings import Records, are_alike
 from vmexit.link.wire import Access, Action, Stage, Status
 from vmexit.msr import address_of
 from vmexit.outputs import Outputs
@@ -32,6 +33,9 @@ from vmexit.script.compile import CompiledScript, Compiler
 from vmexit.script.runtime import DEFAULT_STACK, DEFAULT_STEPS, Runtime, check_limits
 from vmexit.targets.base import Notice, NoticeKind, Target
 from vmexit.trap import LiveTrap, Registers, Trap, record_of, traps_of
+
+if TYPE_CHECKING:
+    from vmexit.console.render import Columns
 
 # How long the debugger sleeps when nothing calls it: records that need not be seen at once wait no longer than this.
 _POLL_S = 0.05
@@ -133,6 +137,7 @@ class Debugger:
         """When the machine first ran, by the clock of Trap.time_ns; None: it has not."""
         self.overflow = Overflow.DROP if target.only_looks else Overflow.WAIT
         self._evaluating: Runtime | None = None
+        self._columns: Columns | None = None
         self._rings = target.link.rings
         self._program = Program(target.link, self.events)
         self._breaks: deque[Trap] = deque()
@@ -182,9 +187,15 @@ class Debugger:
 
     def _told_of(self) -> Machine:
         """What outputs are told of the machine."""
+        return Machine(self.target.name, self.target.pid or 0, self._lines)
+
+    def _lines(self, records: Records) -> str:
+        """Traps as lines of text, as the console has them."""
         from vmexit.console.render import Columns
 
-        return Machine(self.target.name, self.target.pid or 0, lambda records: Columns(self.started_ns).lines(records))
+        if self._columns is None:
+            self._columns = Columns(self.started_ns)
+        return self._columns.lines(records)
 
     # ---- events ----
 
@@ -535,7 +546,7 @@ class Debugger:
         An exception of a callback or listener comes out of here, once everything that was there is dealt with.
         """
         with self.lock:
-            worked = self._work()
+            worked = self._work(patient=timeout > 0)
         if timeout > 0 and not worked and self.state != State.ENDED:
             if self._is_held_back():
                 self.outputs.wait_for_room(min(timeout, _POLL_S))
@@ -575,12 +586,16 @@ class Debugger:
                 if not link.closed:
                     self._rings.after_sleep()
 
-    def _work(self) -> bool:
-        """Deals with what is there; whether any of it was more than records, which nobody waits for."""
+    def _work(self, *, patient: bool = False) -> bool:
+        """Deals with what is there; whether any of it was more than records, which nobody waits for.
+
+        ``patient``: such records stay where they are for now, since many at a time cost little more than few.
+        """
         if self.state == State.ENDED:
             return False
         # Where an output is full and nothing may be lost, the rings fill up too, and the vCPUs wait.
-        actions = 0 if self._is_held_back() else self._drain()
+        stay = (patient and not self._rings.calls()) or self._is_held_back()
+        actions = 0 if stay else self._drain()
         is_more = bool(actions & ~_RECORD)
         # Looking for notices takes some system calls, too many for every question.
         now = time.monotonic()
@@ -621,23 +636,26 @@ class Debugger:
 
     def _take(self, records: Records) -> int:
         # A question mostly comes alone, and for one record numpy is slow.
-        actions = int(records["action"][0] if len(records) == 1 else np.bitwise_or.reduce(records["action"]))
-        if (actions & (actions - 1)) == 0:
-            self._take_alike(records, actions)
-            return actions
+        if len(records) == 1 or are_alike(records):
+            action = int(records["action"][0])
+            self._take_action(records, action, alike=True)
+            return action
+        actions = 0
         for part in _runs(records):
-            self._take_alike(part, int(part["action"][0]))
+            action = int(part["action"][0])
+            self._take_action(part, action, alike=False)
+            actions |= action
         return actions
 
-    def _take_alike(self, records: Records, action: int) -> None:
-        """Deals with records of one action."""
+    def _take_action(self, records: Records, action: int, *, alike: bool) -> None:
+        """Deals with records of one action; ``alike``: they are known to be (are_alike)."""
         if action & _TEXT:
             self._print(records)
             return
-        self.summary.add(records)
+        self.summary.add(records, alike=alike)
         self.outputs.take(records, action)
         if action == _RECORD:
-            self._keep(records)
+            self._keep(records, alike=alike)
             for listener in list(self.record_listeners):
                 with self._keeping_errors():
                     listener(records)
@@ -650,10 +668,12 @@ class Debugger:
             else:
                 self._breaks.append(trap)
 
-    def tell(self, trap: Trap) -> None:
-        """Hands a trap on as a record, for a callback whose event ``tells_itself``: to outputs and listeners."""
+    def tell(self, trap: Trap, *, shown: bool = True) -> None:
+        """Hands a trap on as a record, for a callback whose event ``tells_itself``: to outputs and, if ``shown``, listeners."""
         records = record_of(trap._replace(action=Action.RECORD))
         self.outputs.take(records, _RECORD)
+        if not shown:
+            return
         for listener in list(self.record_listeners):
             listener(records)
         for each in list(self.listeners):
@@ -669,7 +689,12 @@ class Debugger:
                     listener(text)
         self._rings.release_text(records)
 
-    def _keep(self, records: Records) -> None:
+    def _keep(self, records: Records, *, alike: bool) -> None:
+        if alike:
+            event = self.events.get(int(records["event"][0]) - 1)
+            if event is not None and event.recording is not None:
+                event.recording.add(records)
+            return
         for event in self.events:
             if event.recording is not None:
                 mine = records["event"] == event.number + 1

@@ -138,7 +138,7 @@ class Outputs:
         if not shown and not action & Action.SCRIPT:
             shown = action & (Action.ASK | Action.BREAK)
         if event.tells_itself:
-            shown &= ~Action.ASK
+            shown = Action.RECORD
         rows = Action.RECORD | Action.BREAK | (Action(0) if event.tells_itself else Action.ASK)
         together = action | event.forwarded
         self._routes[event.number] = _Route(outputs, shown, rows, together.bit_count() > 1)

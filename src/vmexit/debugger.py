@@ -235,9 +235,9 @@ class Debugger:
         ``msr``: one address, a name ("LSTAR"), a range of addresses, or None for all but those that are written all the time
         (events.msrs). ``core``: a vCPU's index, None for all. ``script``: text of the script language, which runs in the
         vCPU's thread, before the callback; what it prints goes to ``print_listeners``. ``keep``: so many of the newest records
-        stay in ``event.recording``; none with a callback or script. ``outputs``: names of outputs (``self.outputs``) that what the
-        script prints, or each trap, goes to. Raises VmexitError where it cannot be, ScriptError (one of these) for a script
-        that does not compile.
+        stay in ``event.recording``; none with a callback or script. ``outputs``: names of outputs (``self.outputs``) that what
+        the script prints, or each trap, goes to. Raises VmexitError where it cannot be, ScriptError (one of these) for a
+        script that does not compile.
         """
         return self._on_access(Access.WRMSR, msr, callback, core, stage, script, short_circuit, immediate, keep, outputs)
 
@@ -669,7 +669,7 @@ class Debugger:
                 self._breaks.append(trap)
 
     def tell(self, trap: Trap, *, shown: bool = True) -> None:
-        """Hands a trap on as a record, for a callback whose event ``tells_itself``: to outputs and, if ``shown``, listeners."""
+        """Hands a trap on as a record, for a callback whose event tells itself: to outputs and, if ``shown``, listeners."""
         records = record_of(trap._replace(action=Action.RECORD))
         self.outputs.take(records, _RECORD)
         if not shown:

@@ -25,6 +25,7 @@ def _commands() -> tuple[Command, ...]:
     from vmexit.commands.memory import ShowMemory
     from vmexit.commands.msr import MsrRead, MsrWrite
     from vmexit.commands.msr_explain import ExplainMsr
+    from vmexit.commands.output import ManageOutputs
     from vmexit.commands.registers import Register
     from vmexit.commands.running import Go, Pause, Sleep
     from vmexit.commands.script_file import ScriptFile
@@ -40,6 +41,7 @@ def _commands() -> tuple[Command, ...]:
         MsrRead(),
         ExplainMsr(),
         Events(),
+        ManageOutputs(),
         Go(),
         Pause(),
         Evaluate(),

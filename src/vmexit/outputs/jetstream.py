@@ -77,7 +77,7 @@ class JetStreamSink(Sink):
 
         try:
             return self._loop.run_until_complete(work)
-        except (nats.errors.Error, OSError, EOFError, asyncio.TimeoutError) as error:
+        except (nats.errors.Error, OSError, EOFError) as error:
             raise SinkError(_text(error)) from None
 
     def connect(self) -> None:

@@ -52,7 +52,7 @@ def _file_path(text: str) -> Path:
     """A path that can be written to: a file, or a place where one can be made."""
     path = _path(text)
     try:
-        status = os.stat(path)
+        status = path.stat()
     except FileNotFoundError:
         if not path.parent.is_dir():
             raise OutputError(f"there is no folder {path.parent}", 0) from None
@@ -88,7 +88,7 @@ def _perfetto(address: Sequence[str], machine: Machine) -> tuple[Sink, Encoder]:
 def _namedpipe(address: Sequence[str], machine: Machine) -> tuple[Sink, Encoder]:
     path = _path(address[0])
     try:
-        mode = os.stat(path).st_mode
+        mode = path.stat().st_mode
     except OSError as error:
         hint = f"'mkfifo {path}' makes it" if isinstance(error, FileNotFoundError) else None
         raise OutputError(f"there is no named pipe {path}: {error.strerror}", 0, hint) from None
@@ -132,7 +132,7 @@ def _unix(address: Sequence[str], machine: Machine) -> tuple[Sink, Encoder]:
         if not path.parent.is_dir():
             raise OutputError(f"there is no folder {path.parent}", 0)
         try:
-            if not stat.S_ISSOCK(os.stat(path).st_mode):
+            if not stat.S_ISSOCK(path.stat().st_mode):
                 raise OutputError(f"{path} is no socket", 0)
         except FileNotFoundError:
             pass  # whoever listens there may come later

@@ -1,4 +1,4 @@
-"""A module: a shared library that gets each message, in a process of its own (module_host.py), so that its mistakes are its own."""
+"""A module: a shared library that gets each message, in a process of its own so that its mistakes are its own."""
 
 from __future__ import annotations
 

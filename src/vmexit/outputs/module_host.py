@@ -1,8 +1,9 @@
 """Runs a module: a process of its own that loads a shared library and calls it with each message.
 
-Started as a file by module.py, with Python alone: nothing of vmexit is imported here. Arguments: the library's path, the number of
-the process that started it, and the descriptors of a pipe with messages (4 bytes of length, little-endian, before each), of
-a pipe for what it says when it has loaded the library ("" or why it could not), and of shared memory: bytes of messages begun, and done.
+Started as a file by module.py, with Python alone: nothing of vmexit is imported here. Arguments: the library's path, the number
+of the process that started it, and the descriptors of a pipe with messages (4 bytes of length, little-endian, before each), of
+a pipe for what it says when it has loaded the library (nothing, or why it could not), and of shared memory: bytes of messages
+begun, and done.
 """
 
 import ctypes

@@ -316,5 +316,3 @@ class Output:
             if self._refused is None:
                 self.state = OutputState.CLOSED
             self._changed.notify_all()
-
-

@@ -52,7 +52,7 @@ class Outputs:
     """The outputs by name, in the order in which they were created. Thread-safe, as far as its debugger is."""
 
     def __init__(self, machine: Callable[[], Machine], waits: Callable[[], bool]) -> None:
-        """``machine``: what outputs tell of; ``waits``: whether the guest waits where there is no room, instead of losing some."""
+        """``machine``: what outputs tell of; ``waits``: whether the guest waits where there is no room, and loses nothing."""
         self._machine = machine
         self._waits = waits
         self._outputs: dict[str, Output] = {}
@@ -138,7 +138,9 @@ class Outputs:
         if not shown and not action & Action.SCRIPT:
             shown = action & (Action.ASK | Action.BREAK)
         if event.tells_itself:
-            shown = Action.RECORD
+            shown = Action.RECORD | Action.BREAK
+        elif event.way:  # a script stands for its condition, and breaks
+            shown |= Action.BREAK
         rows = Action.RECORD | Action.BREAK | (Action(0) if event.tells_itself else Action.ASK)
         together = action | event.forwarded
         self._routes[event.number] = _Route(outputs, shown, rows, together.bit_count() > 1)

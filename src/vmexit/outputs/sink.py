@@ -64,7 +64,7 @@ class Sink(abc.ABC):
     def take_back(self) -> list[bytes]:
         """These messages, oldest first, to be given to it again once it is connected; it forgets them."""
 
-    def idle(self) -> None:
+    def idle(self) -> None:  # noqa: B027 (most have nothing to do)
         """Called now and then while there is nothing to send. Raises SinkError where the destination is gone."""
 
     def settle(self, deadline: float) -> None:

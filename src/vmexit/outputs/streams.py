@@ -157,7 +157,7 @@ class FileSink(StreamSink):
         if not self._is_file:
             return
         try:
-            there, ours = os.stat(self._path), os.fstat(self._fd)
+            there, ours = self._path.stat(), os.fstat(self._fd)
         except OSError:
             raise SinkError("the file is gone") from None
         if (there.st_dev, there.st_ino) != (ours.st_dev, ours.st_ino):

@@ -8,7 +8,7 @@ import select
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -636,24 +636,39 @@ class Debugger:
 
     def _take(self, records: Records) -> int:
         # A question mostly comes alone, and for one record numpy is slow.
-        if len(records) == 1 or are_alike(records):
-            action = int(records["action"][0])
-            self._take_action(records, action, alike=True)
-            return action
-        actions = 0
-        for part in _runs(records):
-            action = int(part["action"][0])
-            self._take_action(part, action, alike=False)
-            actions |= action
+        alike = len(records) == 1 or are_alike(records)
+        actions = int(records["action"][0] if alike else np.bitwise_or.reduce(records["action"]))
+        rest = self._forward(records)
+        if alike and rest is records:
+            self._take_action(records, actions, alike=True)
+        elif len(rest):
+            for part in _runs(rest):
+                self._take_action(part, int(part["action"][0]), alike=False)
+        if actions & _TEXT:
+            self._rings.release_text(records[(records["action"] & _TEXT) != 0])
         return actions
+
+    def _forward(self, records: Records) -> Records:
+        """Deals with what goes to outputs, all at once; gives what is left: questions and stops, and what does not go there."""
+        mine = self.outputs.claimed(records)
+        if mine is None:
+            return records
+        actions = records["action"]
+        texts = list(printed(records[mine & ((actions & _TEXT) != 0)], self._rings, self._program.scripts))
+        self.outputs.take(records[mine], texts)
+        recorded = records[mine & (actions == _RECORD)]
+        if len(recorded):
+            self._take_action(recorded, _RECORD, alike=False)
+        self._tell_printed(texts)
+        rest: Records = records[~(mine & ((actions & (_TEXT | _RECORD)) != 0))]
+        return rest
 
     def _take_action(self, records: Records, action: int, *, alike: bool) -> None:
         """Deals with records of one action; ``alike``: they are known to be (are_alike)."""
         if action & _TEXT:
-            self._print(records)
+            self._tell_printed(printed(records, self._rings, self._program.scripts))
             return
         self.summary.add(records, alike=alike)
-        self.outputs.take(records, action)
         if action == _RECORD:
             self._keep(records, alike=alike)
             for listener in list(self.record_listeners):
@@ -671,7 +686,7 @@ class Debugger:
     def tell(self, trap: Trap, *, shown: bool = True) -> None:
         """Hands a trap on as a record, for a callback whose event tells itself: to outputs and, if ``shown``, listeners."""
         records = record_of(trap._replace(action=Action.RECORD))
-        self.outputs.take(records, _RECORD)
+        self.outputs.take(records, [])
         if not shown:
             return
         for listener in list(self.record_listeners):
@@ -679,15 +694,13 @@ class Debugger:
         for each in list(self.listeners):
             each(list(traps_of(records)))
 
-    def _print(self, records: Records) -> None:
-        for text in printed(records, self._rings, self._program.scripts):
+    def _tell_printed(self, texts: Iterable[Printed]) -> None:
+        for text in texts:
             if text.fault is not None and (event := self.events.get(text.event)) is not None:
                 event.faults += 1
-            self.outputs.take_printed(text)
             for listener in list(self.print_listeners):
                 with self._keeping_errors():
                     listener(text)
-        self._rings.release_text(records)
 
     def _keep(self, records: Records, *, alike: bool) -> None:
         if alike:

@@ -32,9 +32,7 @@ class Printed:
     fault: ScriptRunError | None = None
     """Why the run was ended; then there is no text."""
     parts: Sequence[bytes] = ()
-    """The text of each print by itself."""
-    records: Records | None = None
-    """The agent's record of each print, or of the fault; None: the agent knows nothing of it."""
+    """The text of each print by itself; none for what no script has printed."""
 
 
 def printed(records: Records, rings: Rings, scripts: Mapping[int, CompiledScript]) -> Iterator[Printed]:
@@ -49,10 +47,10 @@ def printed(records: Records, rings: Rings, scripts: Mapping[int, CompiledScript
         if is_fault[start]:
             place, detail = rings.text(records[start:end], 1, 2)[0].tolist()
             fault = scripts[int(first["script"])].fault(int(headers[start]) >> 32, place, detail)
-            yield Printed(event, core, time_ns, b"", fault, (), records[start:end])
+            yield Printed(event, core, time_ns, b"", fault)
         else:
             parts = texts[start:end]
-            yield Printed(event, core, time_ns, b"".join(parts), None, parts, records[start:end])
+            yield Printed(event, core, time_ns, b"".join(parts), None, parts)
         start = end
 
 

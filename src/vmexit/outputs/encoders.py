@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import abc
+import functools
 import json
 import os
 import platform
 import time
 from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import numpy as np
 
 from vmexit import msr
 from vmexit.link.rings import Records
 from vmexit.link.wire import Access, Action, RecordFlag, Stage
-from vmexit.outputs.rows import Gatherer, Item, Prints, Row
+from vmexit.outputs.rows import Gatherer, Item, Row
 from vmexit.trap import Trap
 
 _ACCESSES = {Access.WRMSR: "wrmsr", Access.RDMSR: "rdmsr"}
 _STAGES = {Stage.PRE: "pre", Stage.POST: "post"}
+_Name = TypeVar("_Name")
 
 
 class Encoder(abc.ABC):
@@ -49,11 +54,18 @@ class TextEncoder(Encoder):
     def encode(self, items: Iterable[Item]) -> list[bytes]:
         messages: list[bytes] = []
         for item in items:
-            if isinstance(item, Prints):
-                messages += item.parts
-            else:
-                messages += self._lines(item.records).encode().splitlines(keepends=True)
+            records, texts = item.records, item.texts
+            if texts is None:
+                messages += self._lines_of(records)
+                continue
+            is_print = records["action"] == Action.PRINT
+            starts = [0, *(np.flatnonzero(is_print[1:] != is_print[:-1]) + 1).tolist()]
+            for start, end in zip(starts, [*starts[1:], len(records)], strict=True):
+                messages += texts[start:end] if is_print[start] else self._lines_of(records[start:end])
         return messages
+
+    def _lines_of(self, records: Records) -> list[bytes]:
+        return self._lines(records).encode().splitlines(keepends=True)
 
 
 class RowEncoder(Encoder):
@@ -79,17 +91,18 @@ class RowEncoder(Encoder):
         return [self.message(row) for row in self._gatherer.rest(all_of_them=all_of_them)]
 
 
-class Names:
-    """What MSRs are called."""
+class Names(dict[int, _Name]):
+    """What MSRs are called, by address."""
 
-    def __init__(self) -> None:
-        self._names: dict[int, str | None] = {}
+    def __init__(self, written: Callable[[str | None], _Name]) -> None:
+        """``written``: makes what is kept of a name; None: it has none."""
+        super().__init__()
+        self._written = written
 
-    def __getitem__(self, address: int) -> str | None:
-        if address not in self._names:
-            found = msr.find(address)
-            self._names[address] = found.name if found else None
-        return self._names[address]
+    def __missing__(self, address: int) -> _Name:
+        found = msr.find(address)
+        name = self[address] = self._written(found.name if found else None)
+        return name
 
 
 def has_value(trap: Trap) -> bool:
@@ -118,7 +131,7 @@ class JsonEncoder(RowEncoder):
     def __init__(self, **constant: object) -> None:
         """``constant``: what stands in each object besides."""
         super().__init__()
-        self._names = Names()
+        self._json_names = Names(json.dumps)
         self._ahead_ns = time.time_ns() - time.monotonic_ns()
         self._second = (-1, "")
         self._after = "".join(f",{json.dumps(name)}:{json.dumps(value)}" for name, value in constant.items()) + "}\n"
@@ -133,28 +146,24 @@ class JsonEncoder(RowEncoder):
     def message(self, row: Row) -> bytes:
         trap = row.trap
         access, stage = what(trap)
-        name = self._names[trap.msr]
+        name = self._json_names[trap.msr]
         value = f'"{trap.value:#x}"' if has_value(trap) else "null"
         rip = f'"{trap.rip:#x}"' if has_place(trap) else "null"
         flags = json.dumps(flag_names(trap.flags)) if trap.flags else "[]"
+        fault = "null" if row.fault is None else json.dumps(row.fault)
         text = json.dumps(row.text.decode("utf-8", "replace")) if row.text else '""'
         return (
             f'{{"event":{trap.event},"sequence":{trap.sequence},"time":"{self._time(trap.time_ns)}","time_ns":{trap.time_ns},'
-            f'"core":{trap.core},"access":"{access}","stage":"{stage}","msr":"{trap.msr:#x}","name":{json.dumps(name)},'
+            f'"core":{trap.core},"access":"{access}","stage":"{stage}","msr":"{trap.msr:#x}","name":{name},'
             f'"value":{value},"rip":{rip},"rsp":"{trap.rsp:#x}","length":{trap.length},"action":{_actions(row.actions)},'
-            f'"flags":{flags},"text":{text},"fault":{json.dumps(row.fault)}{self._after}'
+            f'"flags":{flags},"text":{text},"fault":{fault}{self._after}'
         ).encode()
 
 
-_ACTIONS: dict[Action, str] = {}
-
-
-def _actions(actions: Action) -> str:
+@functools.cache
+def _actions(actions: int) -> str:
     """What the event did, as far as there are records of it."""
-    text = _ACTIONS.get(actions)
-    if text is None:
-        text = _ACTIONS[actions] = json.dumps([(action.name or "").lower() for action in actions])
-    return text
+    return json.dumps([(action.name or "").lower() for action in Action(actions)])
 
 
 def fleet_fields(machine: str) -> dict[str, object]:

@@ -155,6 +155,7 @@ class JetStreamSink(Sink):
             if (error := self._sent[0][1].exception()) is not None:
                 raise SinkError(_text(error))
             self._sent.popleft()
+            self.moved()
 
     def idle(self) -> None:
         self._do(self._settle(time.monotonic() + STEP_S))

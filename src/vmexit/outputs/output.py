@@ -24,6 +24,7 @@ _PATIENCE_S = 2.0
 """How long a guest that waits for room waits for a destination that is away."""
 _FIRST_S = 15.0
 _STUCK_S = 2.0
+_LONGEST = 12
 
 
 class OutputState(enum.Enum):
@@ -59,6 +60,9 @@ class Output:
         self._deadline: float | None = None
         """When it has to be over; None: it goes on."""
         self._trouble: str | None = None
+        self._patience = 0.0
+        """How long it may take nothing while it is being closed, in seconds."""
+        self._last_moment = 0.0
         self._away_since = 0.0
         self._full_since: float | None = None
         self._is_connected = False
@@ -67,6 +71,7 @@ class Output:
         self._refused: SinkError | None = None
         self._thread: threading.Thread | None = None
         sink.is_over = self._is_over
+        sink.moved = self._moved
 
     def __repr__(self) -> str:
         return f"<Output {self.name!r} {self.kind} {' '.join(self.address)}: {self.state.value}>"
@@ -151,17 +156,22 @@ class Output:
         return " already" if self.state is OutputState.OPENED else ", and cannot be opened again: create another one"
 
     def begin_closing(self, seconds: float) -> None:
-        """It has so long to deliver what is waiting."""
+        """It has to deliver what is waiting: until it has taken nothing for so many seconds, or for twelve times as many."""
         with self._changed:
             if self.state is OutputState.OPENED and self._deadline is None:
+                self._patience = seconds
                 self._deadline = time.monotonic() + seconds
+                self._last_moment = time.monotonic() + _LONGEST * seconds
             self._changed.notify_all()
 
     def close(self, seconds: float = 5.0) -> None:
-        """Delivers what is waiting, for so long at most, and lets go of the destination. What is left counts as dropped."""
+        """Delivers what is waiting and lets go of the destination. What is left counts as dropped.
+
+        It is given up when it has taken nothing for so many seconds, and after twelve times as many in any case.
+        """
         self.begin_closing(seconds)
         if self._thread is not None:
-            self._thread.join(seconds + _STUCK_S)
+            self._thread.join(_LONGEST * seconds + _STUCK_S)
         with self._changed:
             self._dropped += self.waiting  # none, unless the thread hangs in the kernel
             self.state = OutputState.CLOSED
@@ -192,6 +202,11 @@ class Output:
 
     def _is_over(self) -> bool:
         return self._deadline is not None and time.monotonic() > self._deadline
+
+    def _moved(self) -> None:
+        """Its destination has taken something."""
+        if self._deadline is not None:
+            self._deadline = min(time.monotonic() + self._patience, self._last_moment)
 
     def _run(self) -> None:
         pending: list[bytes] = []

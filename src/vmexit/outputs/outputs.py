@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from vmexit.events.event import Event, EventError
 from vmexit.link.rings import Records
 from vmexit.link.wire import Action
 from vmexit.outputs.kinds import KINDS, Machine
 from vmexit.outputs.output import Output, OutputState
-from vmexit.outputs.rows import Item, Prints, Traps
+from vmexit.outputs.rows import Item
 from vmexit.outputs.sink import OutputError
 from vmexit.prints import Printed
 
 MOST = 5
 """Outputs of one event."""
 _FLUSH_S = 5.0
-"""How long all of them together may take to deliver what is waiting, when the debugger lets go of its machine."""
+"""How long one may take nothing of what is waiting, when the debugger lets go of its machine."""
 _TELL_S = 1.0
 _STALL_S = 2.0
+_TELLING = int(Action.PRINT | Action.FAULT)
+"""Records that tell of a trap's script."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,37 @@ class _Told:
     dropped: int = 0
     when: float = 0.0
     stalled: bool = False
+
+
+def _texts(records: Records, printed: Sequence[Printed]) -> tuple[list[bytes], dict[int, str]]:
+    """The text of each record, empty where it has none; and the faults, by their places."""
+    texts = [b""] * len(records)
+    faults = {}
+    places = iter(np.flatnonzero((records["action"] & _TELLING) != 0).tolist())
+    for one in printed:
+        if one.fault is not None:
+            faults[next(places)] = str(one.fault)
+        for part in one.parts:
+            texts[next(places)] = part
+    return texts, faults
+
+
+def _item(
+    records: Records,
+    texts: list[bytes] | None,
+    faults: dict[int, str],
+    wanted: npt.NDArray[np.bool_],
+    structured: bool,
+    together: bool,
+) -> Item:
+    """What one output gets of the records."""
+    if not wanted.all():
+        places = np.flatnonzero(wanted).tolist()
+        records = records[wanted]
+        texts = None if texts is None else [texts[place] for place in places]
+        faults = {new: faults[old] for new, old in enumerate(places) if old in faults} if faults else faults
+    traps = int(np.count_nonzero((records["action"] & _TELLING) == 0)) if structured else len(records)
+    return Item(records, texts, faults, traps, together)
 
 
 class Outputs:
@@ -108,7 +142,7 @@ class Outputs:
         return output
 
     def close(self, name: str, seconds: float = _FLUSH_S) -> Output:
-        """Delivers what is waiting, for so many seconds at most, and closes it for good. What is left counts as dropped."""
+        """Delivers what is waiting, and closes it for good (Output.close). What is left counts as dropped."""
         output = self[name]
         if output.state is OutputState.CLOSED:
             raise OutputError(f"the output '{name}' is closed already")
@@ -155,48 +189,33 @@ class Outputs:
         """Whether the results of the event with that number go to outputs, and not to the screen."""
         return event in self._routes
 
+    def claimed(self, records: Records) -> npt.NDArray[np.bool_] | None:
+        """Which of the records are of events with outputs; None where none is."""
+        if not len(self._ids):
+            return None
+        claimed = np.isin(records["event"], self._ids)
+        return claimed if claimed.any() else None
+
     def unclaimed(self, records: Records) -> Records:
         """Those of events without outputs."""
-        if not len(self._ids):
-            return records
-        claimed = np.isin(records["event"], self._ids)
-        return records[~claimed] if claimed.any() else records
+        claimed = self.claimed(records)
+        return records if claimed is None else records[~claimed]
 
-    def take(self, records: Records, action: int) -> None:
-        """Records of one action, as they come."""
-        if not len(self._ids):
-            return
+    def take(self, records: Records, printed: Sequence[Printed]) -> None:
+        """Records of events with outputs, of every kind, as they came. ``printed``: what those of PRINT and FAULT tell."""
+        texts, faults = _texts(records, printed) if printed else (None, {})
         numbers = [int(number) - 1 for number in np.unique(records["event"])]
-        wanted: dict[str, list[int]] = {}
-        for number in numbers:
-            route = self._routes.get(number)
-            if route is None:
-                continue
-            for output in route.outputs:
-                if (route.rows if output.structured else route.lines) & action:
-                    wanted.setdefault(output.name, []).append(number)
-        for name, events in wanted.items():
-            part = records
-            if len(events) < len(numbers):
-                part = records[np.isin(records["event"], [number + 1 for number in events])]
-            waits = any(self._routes[number].waits for number in events)
-            self._put((self._outputs[name],), Traps(part, waits))
-
-    def take_printed(self, printed: Printed) -> None:
-        """What a script has printed, or why it was ended, which structured outputs tell."""
-        route = self._routes.get(printed.event)
-        if route is None or printed.records is None:
-            return
-        if printed.fault is not None:
-            fault = Prints(printed.records, (), str(printed.fault))
-            self._put((output for output in route.outputs if output.structured), fault)
-        else:
-            self._put(route.outputs, Prints(printed.records, tuple(printed.parts)))
-
-    def _put(self, outputs: Iterable[Output], item: Item) -> None:
+        routes = [(number, self._routes[number]) for number in numbers if number in self._routes]
         waits = self._waits()
-        for output in outputs:
-            output.put(item, waits=waits)
+        for output in dict.fromkeys(output for _, route in routes for output in route.outputs):
+            wanted = np.zeros(len(records), np.bool_)
+            for number, route in routes:
+                if output in route.outputs:
+                    actions = (route.rows | _TELLING) if output.structured else (route.lines | Action.PRINT)
+                    wanted |= (records["event"] == number + 1) & ((records["action"] & int(actions)) != 0)
+            if wanted.any():
+                together = any(route.waits for _, route in routes if output in route.outputs)
+                output.put(_item(records, texts, faults, wanted, output.structured, together), waits=waits)
 
     def hold_back(self) -> bool:
         """Whether nothing more should be taken from the machine for now, so that it waits."""
@@ -214,13 +233,12 @@ class Outputs:
             full.wait_for_room(seconds)
 
     def finish(self, seconds: float = _FLUSH_S) -> None:
-        """Closes all of them; together they have so many seconds to deliver what is waiting."""
-        deadline = time.monotonic() + seconds
+        """Closes all of them, at the same time; each has so many seconds to take something of what is waiting (Output.close)."""
         outputs = [output for output in self if output.state is OutputState.OPENED]
         for output in outputs:
             output.begin_closing(seconds)
         for output in outputs:
-            output.close(max(0.0, deadline - time.monotonic()))
+            output.close(seconds)
 
     # ---- what a user is told ----
 

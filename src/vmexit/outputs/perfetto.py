@@ -12,6 +12,7 @@ import uuid
 
 from vmexit.outputs.encoders import Names, RowEncoder, flag_names, has_place, has_value, what
 from vmexit.outputs.rows import Row
+from vmexit.trap import Trap
 
 # Trace, TracePacket
 _PACKET = 1
@@ -40,7 +41,7 @@ _SHORT = 0x80
 def _varint(value: int) -> bytes:
     if value < _SHORT:
         return bytes((value,))
-    parts = bytearray()
+    parts = []
     while value >= _SHORT:
         parts.append(value & 0x7F | _SHORT)
         value >>= 7
@@ -48,13 +49,19 @@ def _varint(value: int) -> bytes:
     return bytes(parts)
 
 
+_NUMBER_KEYS = [_varint(field << 3) for field in range(64)]
+_MESSAGE_KEYS = [_varint(field << 3 | 2) for field in range(64)]
+_LENGTHS = [_varint(length) for length in range(1024)]
+
+
 def _number(field: int, value: int) -> bytes:
-    return _varint(field << 3) + _varint(value)
+    return _NUMBER_KEYS[field] + _varint(value)
 
 
 def _message(field: int, *parts: bytes) -> bytes:
     data = b"".join(parts)
-    return _varint(field << 3 | 2) + _varint(len(data)) + data
+    length = len(data)
+    return _MESSAGE_KEYS[field] + (_LENGTHS[length] if length < len(_LENGTHS) else _varint(length)) + data
 
 
 def _text(field: int, text: str) -> bytes:
@@ -67,7 +74,9 @@ class PerfettoEncoder(RowEncoder):
     def __init__(self, machine: str, pid: int) -> None:
         """``machine``: what the tracks stand below; ``pid``: of its VMM."""
         super().__init__()
-        self._names = Names()
+        self._names: Names[str | None] = Names(lambda name: name)
+        self._alike: dict[tuple[int, ...], bytes] = {}
+        """What all traps of a core, access, stage, MSR and event have in common."""
         self._machine = machine
         self._pid = pid
         identity = uuid.uuid4().int
@@ -79,6 +88,7 @@ class PerfettoEncoder(RowEncoder):
         # Traps are told by CLOCK_MONOTONIC; a trace's clock is the one that does not stop while the machine sleeps.
         self._ahead_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME) - time.monotonic_ns()
         self._keys = {name: _number(_ANNOTATION_NAME, iid) for name, iid in _ARGUMENT_IIDS.items()}
+        self._after = _number(_SEQUENCE, self._writer) + _number(_SEQUENCE_FLAGS, _NEEDS_STATE)
 
     def beginning(self) -> bytes:
         """What a file begins with: all that later packets refer to, as far as there were any."""
@@ -117,46 +127,54 @@ class PerfettoEncoder(RowEncoder):
 
     def message(self, row: Row) -> bytes:
         trap = row.trap
+        key = (trap.core, trap.access, trap.stage, trap.msr, trap.event)
+        before, interned = b"", b""
+        alike = self._alike.get(key)
+        if alike is None:
+            before, interned, alike = self._meet(trap)
+            self._alike[key] = alike
+        parts = [alike]
+        if has_value(trap):
+            parts.append(self._hexadecimal("value", trap.value))
+        if has_place(trap):
+            parts.append(self._hexadecimal("RIP", trap.rip))
+        parts.append(_message(_ANNOTATIONS, self._keys["sequence"], _number(_UINT, trap.sequence)))
+        if row.text:
+            parts.append(self._words("text", row.text.decode("utf-8", "replace")))
+        if trap.flags:
+            parts.append(self._words("flags", " ".join(flag_names(trap.flags))))
+        if row.fault is not None:
+            parts.append(self._words("fault", row.fault))
+        event = _message(_TRACK_EVENT, *parts)
+        time_part = _number(_TIMESTAMP, trap.time_ns + self._ahead_ns)
+        return before + _message(_PACKET, time_part, event, interned, self._after)
+
+    def _meet(self, trap: Trap) -> tuple[bytes, bytes, bytes]:
+        """Of the first trap of its like: the packets that come before it, what its packet brings along, what all of them hold."""
         access, stage = what(trap)
-        msr_name = self._names[trap.msr]
-        before = b""
+        name = self._names[trap.msr]
+        before, interned = b"", b""
         if trap.core not in self._cores:
             self._cores.add(trap.core)
             before = self._track(trap.core)
-        title = f"{access} {msr_name or f'{trap.msr:08x}'}"
+        title = f"{access} {name or f'{trap.msr:08x}'}"
         iid = self._events.get(title)
-        interned = b""
         if iid is None:
             iid = self._events[title] = len(self._events) + 1
             interned = _message(_INTERNED, self._event_name(title, iid))
-        arguments = [self._hexadecimal("MSR", trap.msr)]
-        if msr_name is not None:
-            arguments.append(self._words("name", msr_name))
-        if has_value(trap):
-            arguments.append(self._hexadecimal("value", trap.value))
-        if has_place(trap):
-            arguments.append(self._hexadecimal("RIP", trap.rip))
-        arguments += (self._words("stage", stage), self._decimal("event", trap.event), self._decimal("sequence", trap.sequence))
-        if row.text:
-            arguments.append(self._words("text", row.text.decode("utf-8", "replace")))
-        if trap.flags:
-            arguments.append(self._words("flags", " ".join(flag_names(trap.flags))))
-        if row.fault is not None:
-            arguments.append(self._words("fault", row.fault))
-        event = _message(
-            _TRACK_EVENT,
+        alike = (
             _number(_TYPE, _INSTANT),
             _number(_NAME_IID, iid),
             _number(_TRACK, self._process + 1 + trap.core),
-            *arguments,
+            self._hexadecimal("MSR", trap.msr),
+            self._words("name", name) if name is not None else b"",
+            self._words("stage", stage),
+            _message(_ANNOTATIONS, self._keys["event"], _number(_UINT, trap.event)),
         )
-        return before + self._packet(_number(_TIMESTAMP, trap.time_ns + self._ahead_ns), event, interned, flags=_NEEDS_STATE)
+        return before, interned, b"".join(alike)
 
     def _hexadecimal(self, name: str, value: int) -> bytes:
         return _message(_ANNOTATIONS, self._keys[name], _number(_POINTER, value))
-
-    def _decimal(self, name: str, value: int) -> bytes:
-        return _message(_ANNOTATIONS, self._keys[name], _number(_UINT, value))
 
     def _words(self, name: str, text: str) -> bytes:
         return _message(_ANNOTATIONS, self._keys[name], _text(_STRING, text))

@@ -43,6 +43,8 @@ class Sink(abc.ABC):
     def __init__(self) -> None:
         self.is_over: Callable[[], bool] = lambda: False
         """Asked while it waits: whether there is no more time; then it raises SinkError."""
+        self.moved: Callable[[], None] = lambda: None
+        """To be called whenever the destination has taken something."""
         self.trouble: str | None = None
         """Why nothing is taken just now, where ``send`` waits for that to end."""
         self.lost = 0

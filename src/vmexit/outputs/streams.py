@@ -60,6 +60,7 @@ class StreamSink(Sink):
             except OSError as error:
                 raise SinkError(error.strerror or str(error)) from None
             self._written += count
+            self.moved()
             rest = rest[count:]
             self._forget_settled()
         self._forget_settled()

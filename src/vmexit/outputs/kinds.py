@@ -63,8 +63,6 @@ def _file_path(text: str) -> Path:
         raise OutputError(f"{path}: {error.strerror}", 0) from None
     if stat.S_ISDIR(status.st_mode):
         raise OutputError(f"{path} is a folder", 0)
-    if stat.S_ISFIFO(status.st_mode):
-        raise OutputError(f"{path} is a named pipe", 0, "its kind is 'namedpipe'")
     if stat.S_ISSOCK(status.st_mode):
         raise OutputError(f"{path} is a socket", 0, "its kind is 'unix'")
     if not os.access(path, os.W_OK):
@@ -73,16 +71,23 @@ def _file_path(text: str) -> Path:
 
 
 def _file(address: Sequence[str], machine: Machine) -> tuple[Sink, Encoder]:
-    return FileSink(_file_path(address[0])), TextEncoder(machine.lines)
+    path = _file_path(address[0])
+    if path.is_fifo():
+        raise OutputError(f"{path} is a named pipe", 0, "its kind is 'namedpipe'")
+    return FileSink(path), TextEncoder(machine.lines)
 
 
 def _jsonl(address: Sequence[str], machine: Machine) -> tuple[Sink, Encoder]:
-    return FileSink(_file_path(address[0])), JsonEncoder()
+    path = _file_path(address[0])
+    return FifoSink(path) if path.is_fifo() else FileSink(path), JsonEncoder()
 
 
 def _perfetto(address: Sequence[str], machine: Machine) -> tuple[Sink, Encoder]:
+    path = _file_path(address[0])
+    if path.is_fifo():
+        raise OutputError(f"{path} is a named pipe", 0, "a trace is a file")
     encoder = PerfettoEncoder(machine.name, machine.pid)
-    return FileSink(_file_path(address[0]), encoder.beginning), encoder
+    return FileSink(path, encoder.beginning), encoder
 
 
 def _namedpipe(address: Sequence[str], machine: Machine) -> tuple[Sink, Encoder]:

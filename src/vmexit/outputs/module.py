@@ -11,7 +11,6 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -106,11 +105,6 @@ class ModuleSink(StreamSink):
     def idle(self) -> None:
         if self._process is not None and self._process.poll() is not None:
             raise SinkError(self._end_text())
-
-    def settle(self, deadline: float) -> None:
-        while self.in_doubt() and time.monotonic() < deadline:
-            self.idle()
-            time.sleep(0.002)
 
     def _end_text(self) -> str:
         """How its process ended; waits for that, as its end of the pipe is closed."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from vmexit.errors import VmexitError
 
+_MOMENT_S = 0.002
 STEP_S = 0.05
 """How long a sink waits at most before it looks whether the time is over."""
 
@@ -72,7 +73,8 @@ class Sink(abc.ABC):
     def settle(self, deadline: float) -> None:
         """Waits until all is surely taken, up to that time (time.monotonic). Raises SinkError."""
         while self.in_doubt() and time.monotonic() < deadline:
-            time.sleep(0.002)
+            self.idle()
+            time.sleep(_MOMENT_S)
 
     @abc.abstractmethod
     def close(self) -> None:

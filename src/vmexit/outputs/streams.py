@@ -238,6 +238,8 @@ class SocketSink(StreamSink):
         self._address = address
         self._socket: socket.socket | None = None
         self._surely = 0
+        self._failed = 0
+        """Why the connection broke (errno)."""
 
     def connect(self) -> None:
         self.close()
@@ -259,7 +261,7 @@ class SocketSink(StreamSink):
             raise SinkError(error.strerror or str(error)) from None
         self._socket = made
         self._fd = made.fileno()
-        self._surely = 0
+        self._surely = self._failed = 0
 
     def _write(self, data: memoryview) -> int:
         assert self._socket is not None
@@ -268,6 +270,8 @@ class SocketSink(StreamSink):
 
     def _discard(self) -> None:
         assert self._socket is not None
+        if self._failed:
+            raise OSError(self._failed, os.strerror(self._failed))
         with contextlib.suppress(BlockingIOError):
             self._socket.recv(1 << 16)
 
@@ -285,16 +289,17 @@ class SocketSink(StreamSink):
             return self._surely
         if self._family != socket.AF_UNIX:
             self._surely = max(0, self._written - unsettled)
-        elif unsettled == 0 and self._is_connected():
+        elif unsettled == 0 and not self._has_failed():
             self._surely = self._written
         else:
             self._surely = max(self._surely, self._written - _SEND_BUFFER * 2)
         return self._surely
 
-    def _is_connected(self) -> bool:
-        """A peer that goes while something is unread takes that with it, and leaves ECONNRESET before."""
+    def _has_failed(self) -> bool:
+        """A peer that goes while something is unread takes that with it, and leaves ECONNRESET before, which is told once."""
         assert self._socket is not None
-        return not self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        self._failed = self._failed or self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        return bool(self._failed)
 
     def take_back(self) -> list[bytes]:
         found = super().take_back()

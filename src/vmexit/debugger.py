@@ -654,7 +654,8 @@ class Debugger:
         if mine is None:
             return records
         actions = records["action"]
-        texts = list(printed(records[mine & ((actions & _TEXT) != 0)], self._rings, self._program.scripts))
+        told = records[mine & ((actions & _TEXT) != 0)]
+        texts = list(printed(told, self._rings, self._program.scripts)) if len(told) else []
         self.outputs.take(records[mine], texts)
         recorded = records[mine & (actions == _RECORD)]
         if len(recorded):

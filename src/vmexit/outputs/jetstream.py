@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
 import time
 import uuid
@@ -94,23 +95,29 @@ class JetStreamSink(Sink):
         import nats.js.errors
         from nats.aio.client import Client
 
-        client = Client()
+        client = self._client = Client()
+        reasons: list[Exception] = []
+
+        async def note(error: Exception) -> None:
+            reasons.append(error)
+
         try:
             await client.connect(
                 [self._url],
                 name="vmexit",
                 allow_reconnect=False,
+                max_reconnect_attempts=1,
+                reconnect_time_wait=0,
                 connect_timeout=_CONNECT_S,
-                error_cb=_ignore,
+                error_cb=note,
                 disconnected_cb=_ignore,
                 closed_cb=_ignore,
             )
         except nats.errors.NoServersError:
-            raise SinkError("no server is there") from None
+            raise SinkError(_text(reasons[-1]) if reasons else "no server is there") from None
         except nats.errors.Error as error:
             is_refused = "authorization" in str(error).lower()
             raise SinkError(_text(error), for_good=is_refused) from None
-        self._client = client
         self._stream = client.jetstream(timeout=_ANSWER_S)
         try:
             await self._stream.find_stream_name_by_subject(self._subject)
@@ -189,18 +196,26 @@ class JetStreamSink(Sink):
         self._loop = self._client = self._stream = None
         if loop is None:
             return
-        if client is not None:
-            with contextlib.suppress(Exception):
-                loop.run_until_complete(asyncio.wait_for(client.close(), 1))
-        left = asyncio.all_tasks(loop)
-        for task in left:
-            task.cancel()
-        loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
-        loop.run_until_complete(loop.shutdown_asyncgens())
-        loop.close()
+        try:
+            loop.run_until_complete(_leave(client))
+        finally:
+            loop.close()
+
+
+async def _leave(client: Client | None) -> None:
+    """Closes the connection, and ends all that the client has begun."""
+    if client is not None:
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(client.close(), 1)
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 def _text(error: BaseException) -> str:
     """What is wrong in a few words."""
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
     description = getattr(error, "description", None) or str(error).removeprefix("nats: ") or type(error).__name__
-    return " ".join(str(description).split())
+    return " ".join(str(description).split()).strip("'")

@@ -123,7 +123,7 @@ class ModuleSink(StreamSink):
         return self._progress[1]
 
     def take_back(self) -> list[bytes]:
-        begun, done = self._progress
+        begun, done = self._progress[0], self._progress[1]
         found = super().take_back()
         if begun > done and found:  # what it was at when it ended
             found.pop(0)

@@ -245,7 +245,6 @@ def test_what_is_wrong_is_marked(typist: Typist, line: str, shown: str) -> None:
     [
         ("pid 4", "pid 4"),
         ("log pid 0n4 core 1", "pid 0n4"),
-        ("output { one, two }", "output { one, two }"),
     ],
 )
 def test_what_is_not_available_yet(typist: Typist, rest: str, marked: str) -> None:

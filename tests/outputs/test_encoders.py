@@ -119,7 +119,7 @@ def test_json_of_a_real_guest(tmp_path: Path) -> None:
     with guest("sequence") as (debugger, image, _):
         debugger.outputs.create("j", "jsonl", str(path))
         debugger.outputs.open("j")
-        debugger.on_msr_write(EVERY_MSR, script='if ($msr == 0xc0000082) { print($msr); print($value); }', outputs=("j",))
+        debugger.on_msr_write(EVERY_MSR, script="if ($msr == 0xc0000082) { print($msr); print($value); }", outputs=("j",))
         every = debugger.on_msr_write(EVERY_MSR)
         finish(debugger)
         debugger.close()
@@ -163,7 +163,7 @@ def fields(data: bytes) -> Iterator[tuple[int, Any]]:
 
 
 class Trace:
-    """What a trace says: tracks by name, and on each the events (time, name, arguments). Field numbers: Perfetto's .proto files."""
+    """What a trace says: tracks by name, and on each the events (time, name, arguments). Numbers: Perfetto's .proto files."""
 
     def __init__(self, data: bytes) -> None:
         names: dict[int, str] = {}
@@ -261,5 +261,3 @@ def test_a_file_that_is_made_again_tells_everything_anew(tmp_path: Path) -> None
         debugger.close()
         counts = [sum(map(len, Trace(each.read_bytes()).events.values())) for each in (tmp_path / "old", path)]
         assert sum(counts) == 4000 == output.sent and counts[0] > 10
-
-

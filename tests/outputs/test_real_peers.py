@@ -100,9 +100,7 @@ class TestPeers:
             assert peer.got.splitlines() == lines(30_000)
             check_counts(debugger, 30_000)
 
-    def test_one_that_takes_nothing_costs_what_was_said(
-        self, kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_one_that_takes_nothing_costs_what_was_said(self, kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("vmexit.outputs.output._MOST_BYTES", 100_000)
         monkeypatch.setattr("vmexit.outputs.outputs._FLUSH_S", 0.2)
         count = 60_000

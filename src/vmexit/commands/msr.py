@@ -137,7 +137,7 @@ skips it. In stage post the write has been done.""",
             ("!msrwrite c0000082 script { print($value); }", "prints what is written to IA32_LSTAR"),
             ("!msrwrite 277 condition { 488b01 }", "halts it where the guest's RAX is not 0"),
             ("!msrwrite 277 asm code { nop; nop }", "runs machine code at each write to IA32_PAT"),
-            ("!msrwrite script { print($value); } output { log }", "what the script prints goes to the output of that name"),
+            ("!msrwrite 277 log output { log }", "prints into the output of that name"),
             ("!msrwrite 1a0 core 1 sc on log", "ignores what core 1 writes to IA32_MISC_ENABLE; prints it"),
         ),
     )

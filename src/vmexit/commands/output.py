@@ -23,15 +23,17 @@ class ManageOutputs(Command):
         names=("output",),
         usage=("output", "output create NAME KIND ADDRESS", "output open|close NAME"),
         summary="list, create, open or close outputs, which events forward their results to",
-        text="""Without arguments it lists the outputs: number, kind, state, name, how many messages were sent, are waiting and
-were dropped, the address, and what keeps it from being sent to.
+        text="""Without arguments it lists the outputs: number, kind, state, name, how many messages were sent, are
+waiting and were dropped, the address, and what keeps it from being sent to.
 
-An output is created, then opened; events name those that are theirs ('output { NAME , NAME }', five at most), and what their
-scripts print then goes there and not to the screen. So do the lines of 'log' and of breaks; 'jsonl', 'perfetto' and 'nats' get
-each trap with all its fields. An output that was closed cannot be opened again.
+An output is created, then opened; events name those that are theirs ('output { NAME , NAME }', five at most),
+and what their scripts print then goes there and not to the screen. So do the lines of 'log' and of breaks;
+'jsonl', 'perfetto' and 'nats' get each trap with all its fields. An output that was closed cannot be opened
+again.
 
-A destination that is slow makes the guest wait, or loses what there is no room for, as 'settings overflow' says. One that is
-gone is connected to again; meanwhile 8 MB are kept for it, and what comes beyond that is dropped, counted and told.""",
+A destination that is slow makes the guest wait, or loses what there is no room for, as 'settings overflow'
+says. One that is gone is connected to again; meanwhile 8 MB are kept for it, and what comes beyond that is
+dropped, counted and told.""",
         parameters=(
             ("NAME", "A name of your choice."),
             ("file PATH", "A file, which is appended to."),
@@ -51,9 +53,9 @@ gone is connected to again; meanwhile 8 MB are kept for it, and what comes beyon
             ),
         ),
         examples=(
-            ("output create log file /tmp/log.txt", "creates an output"),
+            ("output create text file /tmp/text.log", "creates an output"),
             ("output open log", "from now on it can be sent to"),
-            ("!msrwrite c0000082 script { print($value); } output { log }", "what the script prints goes there"),
+            ("!msrwrite lstar log output { log }", "its lines go there"),
             ("output create trace perfetto /tmp/trace.pftrace", "a trace to look at"),
             ("output close log", "delivers what is waiting, and closes it for good"),
         ),

@@ -8,31 +8,32 @@ import select
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 
 from vmexit.errors import LinkError, TargetError, VmexitError
 from vmexit.events.event import Callback, Event
-from vmexit.events.msrs import UNNAMED_READS, UNNAMED_WRITES, MsrSet
 from vmexit.events.table import EventTable
 from vmexit.guest.disassembly import Mode, mode_of
+from vmexit.guest.linux.recipe import Recipe
+from vmexit.hooks import HookOptions, Msr, make_event
 from vmexit.link.client import RequestError
 from vmexit.link.rings import Records, are_alike
-from vmexit.link.wire import Access, Action, Stage, Status
-from vmexit.msr import address_of
+from vmexit.link.wire import Access, Action, Status
 from vmexit.outputs import Outputs
 from vmexit.outputs.kinds import Machine
 from vmexit.prints import Printed, printed
+from vmexit.processes import ThreadNames
 from vmexit.program import Program, check
-from vmexit.recording import Recording, Summary
+from vmexit.recording import Summary
 from vmexit.script.compile import CompiledScript, Compiler
 from vmexit.script.runtime import DEFAULT_STACK, DEFAULT_STEPS, Runtime, check_limits
 from vmexit.targets.base import Notice, NoticeKind, Target
-from vmexit.trap import LiveTrap, Registers, Trap, record_of, traps_of
+from vmexit.trap import LiveTrap, Registers, Trap, first_questions, traps_of
 
 if TYPE_CHECKING:
     from vmexit.console.render import Columns
@@ -42,9 +43,10 @@ _POLL_S = 0.05
 _HALT_S = 20.0
 _SPIN_S = 0.0005
 _RECORD = int(Action.RECORD)  # an operation on plain numbers takes a tenth of the time
+_ASK = int(Action.ASK)
 _TEXT = int(Action.PRINT | Action.FAULT)
+_LEAVES_TEXT = _TEXT | int(Action.NAME)
 _NOTICES_S = 0.01
-_KEPT = 200_000
 
 
 class State(enum.Enum):
@@ -128,11 +130,19 @@ class Debugger:
         self.print_listeners: list[PrintListener] = []
         self.outputs = Outputs(self._told_of, lambda: self.overflow is Overflow.WAIT)
         """Where results go besides: files, sockets, modules ... An event names those that are its own."""
+        self.at_close: list[Callable[[], None]] = []
+        """Called once, before the debugger lets go of the machine; not under its lock."""
         self.compiler = Compiler()
         """Of the session's scripts, which share their global variables."""
         self.script_steps = DEFAULT_STEPS
         self.script_stack = DEFAULT_STACK
         """What a run may take; see set_script_limits."""
+        self.attached: int | None = None
+        """The process that events are about which are made without naming one; None: all of them."""
+        self.thread_names = ThreadNames()
+        """Of the guest's threads that traps have named."""
+        self.code_failures = 16
+        """So many runs of an event's machine code that fail in a row disable it; 0: none do."""
         self.started_ns: int | None = None
         """When the machine first ran, by the clock of Trap.time_ns; None: it has not."""
         self.overflow = Overflow.DROP if target.only_looks else Overflow.WAIT
@@ -173,6 +183,8 @@ class Debugger:
 
         Outputs have some seconds to deliver what is waiting; what is left they count.
         """
+        while self.at_close:
+            self.at_close.pop()()
         with self.lock:
             self._take_rest()
             self.state = State.ENDED
@@ -202,10 +214,7 @@ class Debugger:
     def add(self, event: Event) -> Event:
         """Takes in an event; it holds from the next instruction on. Raises VmexitError, with the reason, if it cannot be."""
         with self.lock:
-            event.check()
-            self._check_alive()
-            target = self.target
-            check(event, target.link.capabilities, target.vcpus, target.name, target.untrappable, target.only_looks)
+            self._check(event)
             self.events.add(event)
             self._rings.clear_hits(event.slot)
             try:
@@ -217,85 +226,22 @@ class Debugger:
                 raise
         return event
 
-    def on_msr_write(
-        self,
-        msr: int | str | range | None = None,
-        callback: Callback | None = None,
-        *,
-        core: int | None = None,
-        stage: Stage = Stage.PRE,
-        script: str | CompiledScript | None = None,
-        short_circuit: bool = False,
-        immediate: bool = False,
-        keep: int = _KEPT,
-        outputs: Sequence[str] = (),
-    ) -> Event:
-        """Traps WRMSR: calls ``callback`` with each, runs ``script`` at each, or both; else records it.
+    def _check(self, event: Event) -> None:
+        event.check()
+        self._check_alive()
+        target = self.target
+        check(event, target.link.capabilities, target.vcpus, target.name, target.untrappable, target.only_looks)
 
-        ``msr``: one address, a name ("LSTAR"), a range of addresses, or None for all but those that are written all the time
-        (events.msrs). ``core``: a vCPU's index, None for all. ``script``: text of the script language, which runs in the
-        vCPU's thread, before the callback; what it prints goes to ``print_listeners``. ``keep``: so many of the newest records
-        stay in ``event.recording``; none with a callback or script. ``outputs``: names of outputs (``self.outputs``) that what
-        the script prints, or each trap, goes to. Raises VmexitError where it cannot be, ScriptError (one of these) for a
-        script that does not compile.
+    def on_msr_write(self, msr: Msr = None, callback: Callback | None = None, **options: Unpack[HookOptions]) -> Event:
+        """Traps WRMSR: calls ``callback`` with each, runs a script or code, or all of it; else records it (hooks.HookOptions).
+
+        Raises VmexitError where it cannot be, ScriptError and CodeError (two of these) for text that is no script or no code.
         """
-        return self._on_access(Access.WRMSR, msr, callback, core, stage, script, short_circuit, immediate, keep, outputs)
+        return self.add(make_event(self, Access.WRMSR, msr, callback, options))
 
-    def on_msr_read(
-        self,
-        msr: int | str | range | None = None,
-        callback: Callback | None = None,
-        *,
-        core: int | None = None,
-        stage: Stage = Stage.PRE,
-        script: str | CompiledScript | None = None,
-        short_circuit: bool = False,
-        immediate: bool = False,
-        keep: int = _KEPT,
-        outputs: Sequence[str] = (),
-    ) -> Event:
+    def on_msr_read(self, msr: Msr = None, callback: Callback | None = None, **options: Unpack[HookOptions]) -> Event:
         """Traps RDMSR; as on_msr_write. What was read is to be seen, and changed, in Stage.POST."""
-        return self._on_access(Access.RDMSR, msr, callback, core, stage, script, short_circuit, immediate, keep, outputs)
-
-    def _on_access(
-        self,
-        access: Access,
-        msr: int | str | range | None,
-        callback: Callback | None,
-        core: int | None,
-        stage: Stage,
-        script: str | CompiledScript | None,
-        short_circuit: bool,
-        immediate: bool,
-        keep: int,
-        outputs: Sequence[str],
-    ) -> Event:
-        if isinstance(script, str):
-            script = self.compiler.compile(script)
-        action = (Action.ASK if callback else Action(0)) | (Action.SCRIPT if script else Action(0))
-        if msr is None:
-            noise = self.target.only_looks.noise if self.target.only_looks else ()
-            msrs = MsrSet.all_but((*(UNNAMED_WRITES if access == Access.WRMSR else UNNAMED_READS), *noise))
-        elif isinstance(msr, int | str):
-            msrs = MsrSet.of(msr if isinstance(msr, int) else address_of(msr))
-        else:
-            msrs = MsrSet.of_ranges([(msr.start, msr.stop - 1)]) if msr.step == 1 else MsrSet.of(*msr)
-        return self.add(
-            Event(
-                access=access,
-                msrs=msrs,
-                stage=stage,
-                core=core,
-                action=action or Action.RECORD,
-                callback=callback,
-                script=script,
-                short_circuit=short_circuit,
-                immediate=immediate,
-                text=f"on_msr_{'write' if access == Access.WRMSR else 'read'}({msrs})",
-                recording=None if action else Recording(keep),
-                outputs=tuple(outputs),
-            )
-        )
+        return self.add(make_event(self, Access.RDMSR, msr, callback, options))
 
     def enable(self, event: Event, enabled: bool = True) -> None:
         """Enables or disables an event, from the next instruction on."""
@@ -307,6 +253,22 @@ class Debugger:
                 self._push()
             except BaseException:
                 event.enabled = was
+                raise
+
+    def rework(self, event: Event, **changes: object) -> None:
+        """Makes an event another (action, callback, enabled, ...), from the next instruction on; or raises, and leaves it."""
+        with self.lock:
+            self._program.sync()
+            self._check_present(event)
+            before = {name: getattr(event, name) for name in changes}
+            try:
+                for name, change in changes.items():
+                    setattr(event, name, change)
+                self._check(event)
+                self._push()
+            except BaseException:
+                for name, was in before.items():
+                    setattr(event, name, was)
                 raise
 
     def clear(self, event: Event) -> None:
@@ -374,6 +336,17 @@ class Debugger:
             self._evaluating = Runtime()
         return self._evaluating
 
+    @property
+    def knows_processes(self) -> bool:
+        """Whether traps can tell which process of the guest executes them; until then events about one process wait."""
+        return self._program.knows_processes or (self.target.only_looks is not None and self.target.only_looks.names_processes)
+
+    def set_recipe(self, recipe: Recipe | None) -> None:
+        """Says how to find the guest's current thread at a trap, or that this is not known any more (guest_view does)."""
+        with self.lock:
+            if self.state != State.ENDED and self.target.only_looks is None:
+                self._program.set_recipe(recipe)
+
     def sync_events(self) -> None:
         """Takes over what scripts have made of the events (event_enable, event_disable, event_clear); ``pump`` does so, too."""
         with self.lock:
@@ -415,6 +388,18 @@ class Debugger:
         with self.lock:
             self._check_alive()
             self.target.link.write_memory(core, address, data, physical=physical)
+
+    def read_msr(self, msr: int | str, core: int | None = None) -> int:
+        """What RDMSR would give on that vCPU of a halted machine. Raises MsrError where it would fault, or nothing is known."""
+        from vmexit.msr_access import read_msr
+
+        return read_msr(self, msr, self._existing(core))
+
+    def write_msr(self, msr: int | str, value: int, core: int | None = None) -> None:
+        """Does what WRMSR would do on that vCPU of a halted machine. Raises MsrError where it would fault."""
+        from vmexit.msr_access import write_msr
+
+        write_msr(self, msr, value, self._existing(core))
 
     def code_mode(self, core: int | None = None) -> Mode:
         """How wide the code is that a vCPU executes, as far as CR0 and EFER tell (disassembly.mode_of)."""
@@ -644,8 +629,8 @@ class Debugger:
         elif len(rest):
             for part in _runs(rest):
                 self._take_action(part, int(part["action"][0]), alike=False)
-        if actions & _TEXT:
-            self._rings.release_text(records[(records["action"] & _TEXT) != 0])
+        if actions & _LEAVES_TEXT:
+            self._rings.release_text(records[(records["action"] & _LEAVES_TEXT) != 0])
         return actions
 
     def _forward(self, records: Records) -> Records:
@@ -669,14 +654,14 @@ class Debugger:
         if action & _TEXT:
             self._tell_printed(printed(records, self._rings, self._program.scripts))
             return
-        self.summary.add(records, alike=alike)
+        if action == Action.NAME:
+            self.thread_names.learn(records, self._rings)
+            return
+        counted = first_questions(records) if action == _ASK else records
+        if len(counted):
+            self.summary.add(counted, alike=alike)
         if action == _RECORD:
-            self._keep(records, alike=alike)
-            for listener in list(self.record_listeners):
-                with self._keeping_errors():
-                    listener(records)
-            if self.listeners:
-                self._tell(list(traps_of(records)))
+            self.tell_records(records, alike=alike)
             return
         for trap in traps_of(records):
             if action == Action.ASK:
@@ -684,16 +669,14 @@ class Debugger:
             else:
                 self._breaks.append(trap)
 
-    def tell(self, trap: Trap, *, shown: bool = True) -> None:
-        """Hands a trap on as a record, for a callback whose event tells itself: to outputs and, if ``shown``, listeners."""
-        records = record_of(trap._replace(action=Action.RECORD))
-        self.outputs.take(records, [])
-        if not shown:
-            return
+    def tell_records(self, records: Records, *, alike: bool) -> None:
+        """Keeps records of events, and hands them to all who listen; ``alike``: they are known to be (are_alike)."""
+        self._keep(records, alike=alike)
         for listener in list(self.record_listeners):
-            listener(records)
-        for each in list(self.listeners):
-            each(list(traps_of(records)))
+            with self._keeping_errors():
+                listener(records)
+        if self.listeners:
+            self._tell(list(traps_of(records)))
 
     def _tell_printed(self, texts: Iterable[Printed]) -> None:
         for text in texts:
@@ -732,15 +715,16 @@ class Debugger:
         values = self._rings.question_registers(trap.core)
         live = LiveTrap(trap, values.copy(), self)
         event = self.events.get(trap.event)
-        changed, skip, halt = 0, trap.skipped, False
+        changed, skip, halt, script, again = 0, trap.skipped, False, False, False
         # After an exception the rest of the batch is answered without asking: the vCPUs wait.
         if event is not None and event.callback is not None and self._error is None:
             try:
                 event.callback(live)
                 changed, skip, halt, values = live.changed, live.short_circuit, live.halting, live.values
+                script, again = live.runs_script, live.asks_again
             except BaseException as error:
                 self._error, halt = error, True
-        self._rings.answer(trap.core, trap.sequence, values, changed, skip, halt)
+        self._rings.answer(trap.core, trap.sequence, values, changed, skip, halt, script, again)
         self._answered = True
 
     # ---- stops ----

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from vmexit.errors import NotKnownError
 from vmexit.guest.linux.cache import Cache
-from vmexit.guest.linux.processes import Task
 from vmexit.guest.linux.recipe import is_kernel_pointer
-from vmexit.guest.linux.recognise import Help, NotRecognisedError, Recognised, recognise
 from vmexit.guest.linux.running import Linux
-from vmexit.guest.linux.stack import Frame, Stacks
 from vmexit.guest.memory import UnreadableError
+from vmexit.guest.recognise import recognise
 from vmexit.guest.symbols import Place
+from vmexit.guest.system import Frame, Help, NotRecognisedError, Recognised, System, Task
 from vmexit.link.client import RequestError
 from vmexit.link.wire import Status
 
@@ -65,7 +66,6 @@ class GuestView:
         """Stands for the callback that asks, as a Stop does for a machine that is halted."""
         self._read_at: object = None
         """The stop or callback that what has been read belongs to."""
-        self._stacks: Stacks | None = None
 
     @property
     def given(self) -> Help:
@@ -79,13 +79,22 @@ class GuestView:
 
     def reset(self) -> None:
         """Another system may be running now: it is recognised anew when it is next asked for."""
-        self._found = self._failed = self._stacks = None
+        self._found = self._failed = None
+        self._debugger.set_recipe(None)
+
+    def _tell_agent(self) -> None:
+        """Has the agent know which process runs, as soon as the kernel has come so far that it can be known."""
+        recipe = None
+        if self._found is not None:
+            with contextlib.suppress(NotKnownError):
+                recipe = self._found.system.recipe
+        self._debugger.set_recipe(recipe)
 
     def forget(self) -> None:
         """Memory has changed: nothing of it that was read before counts any more."""
         self._read_at = None
         if self._found is not None:
-            self._found.linux.forget()
+            self._found.system.forget()
 
     def at_trap(self, core: int) -> None:
         """A callback is about to ask, while its vCPU waits and the others run: what was read before counts no more."""
@@ -108,14 +117,15 @@ class GuestView:
 
         ``lstar``: what the guest has just given, or is about to give, IA32_LSTAR; its kernel is complete by then.
         """
-        self.reset()
+        self._found = self._failed = self._stacks = None
         self._read_at = self._now
         try:
             self._found = recognise(self._machine, self._core(core), given=self._given, lstar=lstar, cache=self._cache)
         except NotRecognisedError as error:
             self._failed = error
             raise
-        self._stacks = Stacks(self._found.linux)
+        finally:
+            self._tell_agent()
         return self._found
 
     def at_lstar(self, core: int, lstar: int) -> str | None:
@@ -125,13 +135,14 @@ class GuestView:
         Raises LinkError.
         """
         self.at_trap(core)
-        if self._found is not None and self._found.linux.is_still_there():
+        if self._found is not None and self._found.system.is_still_there():
+            self._tell_agent()
             return None
         try:
             found = self.recognise(core, lstar=lstar)
         except NotRecognisedError as error:
             return str(error)
-        return "; ".join((found.linux.describe(), *found.remarks))
+        return "; ".join((found.system.describe(), *found.remarks))
 
     @property
     def recognised(self) -> Recognised:
@@ -141,23 +152,33 @@ class GuestView:
         if self._found is not None:
             if not is_new:
                 return self._found
-            self._found.linux.forget()
-            if self._found.linux.is_still_there():
+            self._found.system.forget()
+            if self._found.system.is_still_there():
+                if not self._debugger.knows_processes:
+                    self._tell_agent()
                 return self._found
         elif self._failed is not None and not is_new:
             raise self._failed
         return self.recognise()
 
     @property
-    def linux(self) -> Linux:
-        """The Linux that runs now. Raises as ``recognised`` does."""
-        return self.recognised.linux
+    def system(self) -> System:
+        """The system that runs now. Raises as ``recognised`` does."""
+        return self.recognised.system
 
     @property
-    def known(self) -> Linux | None:
-        """The same, or None where nothing is known. Raises LinkError."""
+    def linux(self) -> Linux:
+        """The Linux that runs now. Raises as ``recognised`` does, also where it is another system."""
+        system = self.system
+        if not isinstance(system, Linux):
+            raise NotRecognisedError(f"no Linux: it is {system.describe()}")
+        return system
+
+    @property
+    def known(self) -> System | None:
+        """The system, or None where nothing is known. Raises LinkError."""
         try:
-            return self.linux
+            return self.system
         except NotRecognisedError:
             return None
 
@@ -168,7 +189,7 @@ class GuestView:
         if self._found is None or not is_kernel_pointer(address & ~7):
             return None
         try:
-            return self.linux.memory.read(address, length)
+            return self.system.memory.read(address, length)
         except (NotRecognisedError, UnreadableError):
             return None
 
@@ -181,24 +202,22 @@ class GuestView:
 
     def name_of(self, address: int) -> Place | None:
         """What lies at an address: "native_write_msr+0x4 [kernel]". None: nothing that is known."""
-        linux = self.known
-        return linux.name_of(address) if linux else None
+        system = self.known
+        return system.name_of(address) if system else None
 
     def address_of(self, name: str) -> int | None:
         """Of a symbol: "schedule", "kernel!schedule", "nt!schedule", "msr!msr_write"; None: nothing that is known."""
         if not _PLAIN_SYMBOL.fullmatch(name):
             return None
-        linux = self.known
-        return linux.address_of(name) if linux else None
+        system = self.known
+        return system.address_of(name) if system else None
 
     def current(self, core: int | None = None) -> Task | None:
         """The thread that a vCPU (by default the current one) executes; None: not known."""
-        linux = self.known
+        system = self.known
         core = self._core(core)
-        return linux.current(core, self._machine.registers(core)) if linux else None
+        return system.current(core, self._machine.registers(core)) if system else None
 
     def frames(self, core: int | None = None) -> list[Frame]:
         """Who called whom on a vCPU. Raises NotRecognisedError."""
-        self.linux  # noqa: B018 - it may have to be recognised anew
-        assert self._stacks is not None
-        return list(self._stacks.frames(self._machine.registers(self._core(core))))
+        return list(self.recognised.stacks.frames(self._machine.registers(self._core(core))))

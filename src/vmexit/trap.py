@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -17,6 +18,7 @@ _STAGE = {int(stage): stage for stage in Stage}
 _ACTION = {int(action): action for action in Action}
 _SKIPPED = {flags for flags in map(RecordFlag, range(int(~RecordFlag(0)) + 1)) if RecordFlag.SKIPPED in flags}
 _FLAGS = [RecordFlag(flags) for flags in range(int(~RecordFlag(0)) + 1)]
+_AGAIN = int(RecordFlag.AGAIN)
 _MASK32, _MASK64 = 0xFFFF_FFFF, 0xFFFF_FFFF_FFFF_FFFF
 _RAX, _RCX, _RDX = constant("RAX"), constant("RCX"), constant("RDX")
 
@@ -44,6 +46,10 @@ class Trap(NamedTuple):
     flags: RecordFlag
     length: int
     """Of the instruction, in bytes."""
+    pid: int = 0
+    """The guest's number of the process that executed it, where that is known (RecordFlag.PROCESS_KNOWN); else 0."""
+    tid: int = 0
+    """Of the thread."""
 
     @property
     def skipped(self) -> bool:
@@ -51,21 +57,28 @@ class Trap(NamedTuple):
         return self.flags in _SKIPPED
 
 
-# The fields of a record that make a trap: the first ones.
-_NAMES = (RECORD.names or ())[: len(Trap._fields)]
-_FIELDS = np.dtype(
-    {
-        "names": _NAMES,
-        "formats": [RECORD[name] for name in _NAMES],
-        "offsets": [offset("record", name) for name in _NAMES],
-        "itemsize": RECORD.itemsize,
-    }
+# The fields of a record that make a trap, in the order of both.
+_NAMES = (
+    *("sequence", "time_ns", "rip", "rsp", "value", "msr", "event", "vcpu", "access", "stage", "action", "flags", "length"),
+    *("process", "thread"),
 )
+
+
+def _layout() -> struct.Struct:
+    described, end = "<", 0
+    for name in _NAMES:
+        described += f"{offset('record', name) - end}x" + {1: "B", 2: "H", 4: "I", 8: "Q"}[RECORD[name].itemsize]
+        end = offset("record", name) + RECORD[name].itemsize
+    return struct.Struct(f"{described}{RECORD.itemsize - end}x")
+
+
+_RECORD = _layout()  # numpy takes ten times as long to make Python's numbers of one record
 
 
 def traps_of(records: Records) -> Iterator[Trap]:
     """The traps that records of the wire stand for."""
-    for sequence, time, rip, rsp, value, msr, event, core, access, stage, action, flags, length in records.view(_FIELDS).tolist():
+    for each in _RECORD.iter_unpack(records.tobytes()):
+        sequence, time, rip, rsp, value, msr, event, core, access, stage, action, flags, length, pid, tid = each
         yield Trap(
             sequence,
             time,
@@ -80,6 +93,8 @@ def traps_of(records: Records) -> Iterator[Trap]:
             _ACTION[action],
             _FLAGS[flags],
             length,
+            pid,
+            tid,
         )
 
 
@@ -89,6 +104,15 @@ def record_of(trap: Trap) -> Records:
     for name, value in zip(_NAMES, trap._replace(event=trap.event + 1), strict=True):
         record[name] = int(value)
     return record
+
+
+def first_questions(records: Records) -> Records:
+    """Of questions those that are the first that their event tells of their trap."""
+    # Mostly there is one, and for one numpy is slow.
+    if len(records) == 1:
+        return records[:0] if int(records["flags"][0]) & _AGAIN else records
+    found: Records = records[(records["flags"] & _AGAIN) == 0]
+    return found
 
 
 class Memory(Protocol):
@@ -143,6 +167,10 @@ class LiveTrap:
         """Bit n set: values[n] is not what the guest had."""
         self.short_circuit = trap.skipped
         self.halting = False
+        self.runs_script = False
+        """The event's script is to be run once the callback has returned; only with Event.asks_first."""
+        self.asks_again = False
+        """Then the callback is to be called once more (RecordFlag.AGAIN); only with Event.asks_first."""
         self._registers: Registers | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -152,7 +180,8 @@ class LiveTrap:
         self.values[number] = value
         self.changed |= 1 << number
 
-    def _set(self, number: int, value: int) -> None:
+    def change(self, number: int, value: int) -> None:
+        """Gives the guest another value of one of the wire's registers that are in ``values``."""
         self._write(number, value)
         self._registers = None  # it has the old value
 
@@ -192,7 +221,7 @@ class LiveTrap:
     def msr(self, msr: int) -> None:
         if not 0 <= msr <= 0xFFFF_FFFF:
             raise ValueError(f"an MSR is a number from 0 to ffffffffh, not {msr:#x}")
-        self._set(_RCX, msr)
+        self.change(_RCX, msr)
 
     @property
     def value(self) -> int:
@@ -203,8 +232,8 @@ class LiveTrap:
     def value(self, value: int) -> None:
         if not 0 <= value <= _MASK64:
             raise ValueError(f"an MSR holds 64 bits; {value:#x} is no such value")
-        self._set(_RAX, value & _MASK32)
-        self._set(_RDX, value >> 32)
+        self.change(_RAX, value & _MASK32)
+        self.change(_RDX, value >> 32)
 
     def skip(self) -> None:
         """Short-circuits the instruction: it is not executed, the guest goes on behind it. Only in stage pre (VmexitError)."""

@@ -113,6 +113,51 @@ size_t qemu_plugin_insn_data(const struct qemu_plugin_insn *insn, void *dest, si
 
 __thread struct cpu *current_cpu;
 
+/* VMStateField and VMStateDescription as QEMU 7.2 has them (include/migration/vmstate.h). */
+struct field {
+    const char *name;
+    const char *err_hint;
+    size_t offset;
+    size_t size;
+    size_t start;
+    int num;
+    size_t num_offset;
+    size_t size_offset;
+    const void *info;
+    int flags;
+    const void *vmsd;
+    int version_id;
+    int struct_version_id;
+    void *field_exists;
+};
+
+struct description {
+    const char *name;
+    bool unmigratable;
+    int version_id;
+    int minimum_version_id;
+    int priority;
+    void *functions[6];
+    const struct field *fields;
+    const struct description *const *subsections;
+};
+
+#define FIELD(member, bytes) {.name = "env." #member, .offset = offsetof(struct cpu, member), .size = bytes}
+static const struct field more[] = {FIELD(mcg_cap, 8), FIELD(mce_banks, 8), {0}};
+static const struct description part = {.name = "cpu/more", .fields = more};
+static const struct description *const parts[] = {&part, NULL};
+static const struct field fields[] = {
+    {.name = "env.regs", .offset = offsetof(struct cpu, env.regs), .size = 8, .num = GENERAL_REGISTERS},
+    {.name = "env.eip", .offset = offsetof(struct cpu, env.eip), .size = 8},
+    {.name = "env.eflags", .offset = offsetof(struct cpu, env.eflags), .size = 8},
+    FIELD(sysenter_cs, 4),
+    FIELD(star, 8),
+    FIELD(lstar, 8),
+    FIELD(mtrr_var, 16),
+    {0},
+};
+const struct description vmstate_x86_cpu = {.name = "cpu", .version_id = 12, .fields = fields, .subsections = parts};
+
 void *qemu_get_cpu(int index) { return LOAD(host.is_up[index]) ? &guest.cpus[index] : NULL; }
 
 int x86_cpu_gdb_read_register(void *cpu, GByteArray *buffer, int number)
@@ -138,6 +183,34 @@ uint32_t address_space_rw(void *space, uint64_t address, uint64_t attributes, vo
 {
     assert_that(space == address_space_memory && attributes == 1 && bql_held);
     return address < MEMORY_BYTES && access_memory(address, bytes, length, is_write) ? 0 : 2;
+}
+
+/* The upper quarter is no memory that lies in this process, as far as anybody can see. */
+enum { MAPPED_BYTES = MEMORY_BYTES / 4 * 3 };
+static unsigned mapped_pieces;
+
+bool cpu_physical_memory_is_io(uint64_t address) { return address >= MAPPED_BYTES; }
+
+void *address_space_map(void *space, uint64_t address, uint64_t *length, bool is_write, uint64_t attributes)
+{
+    assert_that(space == address_space_memory && attributes == 1 && !is_write && address < MAPPED_BYTES);
+    assert_that(__atomic_add_fetch(&mapped_pieces, 1, __ATOMIC_RELAXED) < 100);
+    *length = *length < MAPPED_BYTES - address ? *length : MAPPED_BYTES - address;
+    return guest.memory + address;
+}
+
+void address_space_unmap(void *space, void *bytes, uint64_t length, bool is_write, uint64_t accessed)
+{
+    assert_that(space == address_space_memory && bytes != NULL && length && !is_write && accessed == 0);
+    __atomic_sub_fetch(&mapped_pieces, 1, __ATOMIC_RELAXED);
+}
+
+void *qemu_ram_block_from_host(void *at, bool round, uint64_t *offset)
+{
+    const uint8_t *byte = at;
+    (void)round;
+    *offset = (uint64_t)(byte - guest.memory);
+    return byte >= guest.memory && byte < guest.memory + MEMORY_BYTES ? guest.memory : NULL;
 }
 
 bool cpu_restore_state(struct cpu *cpu, uintptr_t host_pc, bool will_exit)

@@ -75,7 +75,12 @@ def event(
     flags: EventFlag = PLAIN,
     enabled: bool = True,
     core: int = wire.ALL_CORES,
+    process: int = wire.ALL_PROCESSES,
     script: int = 0,
+    condition: int = 0,
+    value: int = 0,
+    mask: int = 0,
+    changes: int = 0,
 ) -> bytes:
     """A packed event; without ranges it is about every MSR."""
     ranges = ranges or ((0, 0xFFFF_FFFF),)
@@ -88,9 +93,14 @@ def event(
         actions=int(actions),
         flags=int(flags | (EventFlag.ENABLED if enabled else 0)),
         core=core,
+        process=process,
         script=script,
+        condition=condition,
         range_count=len(ranges),
         ranges=[{"first": first, "last": last} for first, last in ranges],
+        value=value,
+        mask=mask,
+        changes=changes,
     )
 
 

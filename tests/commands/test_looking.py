@@ -30,7 +30,7 @@ def visitor() -> Iterator[Typist]:
 
 def test_the_stage_need_not_be_named(visitor: Typist) -> None:
     said = visitor.types("!msrwrite 1a0 core 1 pid 0n4711 log")
-    assert said.endswith("(stage post, core 1, process 4711)")
+    assert said.endswith("(stage post, core 1, process 1267 (0n4711))")
     (event,) = visitor.debugger.events
     assert (event.stage, event.core, event.process, event.action) == (Stage.POST, 1, 4711, Action.RECORD)
 
@@ -59,6 +59,7 @@ def test_noise_that_is_named_is_seen(visitor: Typist) -> None:
         ("!msrread 10 log condition { 90 }", "'condition'", "condition { 90 }"),
         ("!msrread 10 code { 90 } log", "'code'", "code { 90 }"),
         ("!msrread 10 log buffer 10", "'buffer'", "buffer 10"),
+        ("!msrwrite 10 log changed", "'changed'", "changed"),
     ],
 )
 def test_what_is_refused(visitor: Typist, line: str, what: str, marked: str) -> None:
@@ -68,13 +69,18 @@ def test_what_is_refused(visitor: Typist, line: str, what: str, marked: str) -> 
     assert not len(visitor.debugger.events)
 
 
+@pytest.mark.parametrize("command", ["!msrwrite", "!msrread"])
+def test_values_can_be_named(visitor: Typist, command: str) -> None:
+    assert visitor.types(f"{command} 10 mask 1 value 1 log").endswith("(stage post, all cores, value 1 in 1)")
+
+
 def test_how_to_do_without_a_break_is_told(visitor: Typist) -> None:
     assert "'log' prints each access" in visitor.fails("!msrwrite 10")
 
 
 def test_a_process_of_the_host_cannot_be_named_for_a_guest(visitor: Typist) -> None:
     visitor.target.only_looks = OnlyLooks(REASON, NOISE, names_processes=False)
-    assert "'pid' is not yet available" in visitor.fails("!msrwrite 10 log pid 4")
+    assert "'pid' is not possible here: it is behind glass" in visitor.fails("!msrwrite 10 log pid 4")
 
 
 def test_letting_go(visitor: Typist) -> None:

@@ -60,6 +60,7 @@ def test_settings(typist: Typist) -> None:
         ["overflow", "wait"],
         ["script-stack", "40000"],
         ["script-steps", "f4240"],
+        ["sdk-socket", "off"],
         ["syntax", "intel"],
     ]
     assert typist.types("settings SYNTAX").startswith("syntax        intel  (intel|att|masm) ")
@@ -69,7 +70,7 @@ def test_settings(typist: Typist) -> None:
     assert typist.debugger.overflow is Overflow.DROP
     assert typist.link.drop
     assert typist.types("settings code-failures 0n20").split()[1] == "14"
-    assert typist.session.settings.code_failures == 20
+    assert typist.session.debugger.code_failures == 20
     assert typist.types("settings script-steps 0n5000").split()[1] == "1388"
     assert typist.debugger.script_steps == 5000
     typist.types("settings overflow wait")
@@ -88,6 +89,7 @@ def test_status(typist: Typist) -> None:
             "machine  FakeMachine 1.0, 2 cores\n"
             "state    halted: before its first instruction; current core 0\n"
             "agent    through tcg, QEMU plugin interface 1; can record, read, modify, skip, post, break, memory, memory write\n"
+            "process  none is attached; those that run here are not known\n"
             "events   2, of which 1 enabled\n"
             "records  0; 1,234 dropped, 7 waits for room (overflow wait)"
         )
@@ -160,10 +162,16 @@ def test_leaving_and_clearing(typist: Typist, line: str, done: str) -> None:
         ("~ x", "'x' is no core number", 2, 1),
         ("core 1 2", "'core' takes 1 argument at most", 7, 1),
         ("settings sintax", "'sintax' is no setting: did you mean 'syntax'?", 9, 6),
-        ("settings what", "'what' is no setting (it is code-failures, overflow, script-stack, script-steps or syntax)", 9, 4),
+        (
+            "settings what",
+            "'what' is no setting (it is code-failures, overflow, script-stack, script-steps, sdk-socket or syntax)",
+            9,
+            4,
+        ),
         ("settings syntax at&t", "'at&t' is no value of 'syntax': did you mean 'att'?", 16, 4),
         ("settings overflow on", "'on' is no value of 'overflow' (it is wait or drop)", 18, 2),
         ("settings script-steps many", "'many' is no value of 'script-steps' (a number is hexadecimal", 22, 4),
+        ("settings sdk-socket {x}", "'sdk-socket' takes PATH or off", 20, 3),
         ("settings syntax att now", "'settings' takes 2 arguments at most", 20, 3),
         ("help msrwrite", "there is no command 'msrwrite': did you mean '!msrwrite'?", 5, 8),
         ("help a b", "'help' takes 1 argument at most", 7, 1),

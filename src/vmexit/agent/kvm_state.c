@@ -236,6 +236,8 @@ void state_apply(struct cpu *cpu)
     pthread_mutex_unlock(&kvm_lock);
     if (changed)
         set_changed(cpu, values, changed);
+    if (changed & CHANGED_MSRS)
+        access_apply(cpu);
 }
 
 /* ---- memory ---- */
@@ -257,19 +259,24 @@ static struct slot *slot_numbered(uint32_t number)
     return &memory.slots[memory.count++];
 }
 
+void state_know_memory(uint32_t number, uint64_t first, uint64_t size, uint64_t address)
+{
+    struct slot *slot = slot_numbered(number);
+    memory.seen = true;
+    if (slot)
+        *slot = (struct slot){number, first, size, address};
+}
+
 /* Done under the lock, so that nobody reads memory that the VMM takes away behind it. */
 int state_set_memory(unsigned long request, const struct kvm_userspace_memory_region *region)
 {
     pthread_mutex_lock(&kvm_lock);
     int result = kvm_plain(vm.fd, request, (void *)region);
     /* The upper half names an address space; 1 is what SMM sees. */
-    if (result == 0 && region->slot >> 16 == 0) {
-        struct slot *slot = slot_numbered(region->slot);
-        memory.seen = true;
-        if (slot)
-            *slot = (struct slot){region->slot, region->guest_phys_addr, region->memory_size, region->userspace_addr};
-    }
+    if (result == 0 && region->slot >> 16 == 0)
+        state_know_memory(region->slot, region->guest_phys_addr, region->memory_size, region->userspace_addr);
     pthread_mutex_unlock(&kvm_lock);
+    tasks_forget_memory();
     return result;
 }
 
@@ -315,6 +322,29 @@ static bool access_physical(void *context, uint64_t physical, void *bytes, uint3
     bool done = access_slots(physical, bytes, length, write);
     pthread_mutex_unlock(&kvm_lock);
     return done;
+}
+
+/* A slot may name memory that the VMM does not have there, or not for reading; the kernel finds out. Until the slots are changed it is taken
+ * for granted then: KVM itself reads it for the guest. */
+static const uint8_t *find_page(uint64_t physical)
+{
+    uint8_t byte;
+    for (size_t i = 0; i < memory.count; i++) {
+        const uint64_t offset = physical - memory.slots[i].first;
+        if (offset < memory.slots[i].size && copy(memory.slots[i].memory + offset, &byte, 1, false))
+            return (const uint8_t *)memory.slots[i].memory + offset; // NOLINT: an address of this very process
+    }
+    return NULL;
+}
+
+const uint8_t *state_find_page(uint64_t physical)
+{
+    if (!memory.seen)
+        return qemu_find_page(physical);
+    pthread_mutex_lock(&kvm_lock);
+    const uint8_t *page = find_page(physical);
+    pthread_mutex_unlock(&kvm_lock);
+    return page;
 }
 
 bool state_access_memory(bool write, uint64_t address, void *bytes, uint32_t length)

@@ -23,10 +23,10 @@ _VERBS = {
 def _coded_verb(options: event_options.EventOptions) -> str:
     """Of an event with machine code of the user's."""
     does = ["prints"] if options.log else []
-    if options.script is not None:
-        does.append("runs a script at")
-    elif "code" in options.machine_code:
-        does.append("runs code at")
+    blocks = {"a script": options.script, "code": options.machine_code.get("code", (None,))[0]}
+    runs = sorted((block.start, name) for name, block in blocks.items() if block is not None)
+    if runs:
+        does.append(f"runs {' and '.join(name for _, name in runs)} at")
     elif not options.log:
         does.append("breaks at")
     verb = " and ".join(does)
@@ -55,8 +55,10 @@ class _MsrCommand(Command):
             stage=options.stage,
             core=options.core,
             process=options.process,
+            with_process=bool(options.action & (Action.RECORD | Action.BREAK)),
             action=options.action,
             script=script,
+            filter=event_options.value_filter(arguments, options),
             short_circuit=options.short_circuit,
             immediate=options.immediate,
             text=arguments.line.strip(),
@@ -75,6 +77,8 @@ class _MsrCommand(Command):
         instruction = (self._ACCESS.name or "").lower()
         left_out = event.msrs.left_out
         verb = _coded_verb(options) if options.machine_code else _VERBS.get(event.action, "breaks at")
+        if session.records:
+            verb = verb.replace("prints", "records")
         msrs = "every MSR" if left_out else msr_sets.describe(event.msrs)
         text = f"event {event.number:x} {verb} each {instruction} of {msrs}"
         text += f" ({event_options.description(options)})"
@@ -135,6 +139,8 @@ skips it. In stage post the write has been done.""",
             ("!msrwrite lstar,sysenter_eip", "halts it before writes to either of these"),
             ("!msrwrite log imm no", "prints the writes to all MSRs"),
             ("!msrwrite c0000082 script { print($value); }", "prints what is written to IA32_LSTAR"),
+            ("!msrwrite efer changed", "halts it before writes that change IA32_EFER"),
+            ("!msrwrite efer mask 1 value 0 log", "prints the writes to IA32_EFER that have SCE (bit 0) clear"),
             ("!msrwrite 277 condition { 488b01 }", "halts it where the guest's RAX is not 0"),
             ("!msrwrite 277 asm code { nop; nop }", "runs machine code at each write to IA32_PAT"),
             ("!msrwrite 277 log output { log }", "prints into the output of that name"),

@@ -15,6 +15,7 @@ from vmexit.errors import CommandError
 def _commands() -> tuple[Command, ...]:
     """In the order in which they are listed."""
     # Here because ``help`` is a command that looks at all of them.
+    from vmexit.commands.attach import Attach, DetachProcess
     from vmexit.commands.core import Core
     from vmexit.commands.disassemble import Disassemble
     from vmexit.commands.evaluate import Evaluate, Print
@@ -24,6 +25,7 @@ def _commands() -> tuple[Command, ...]:
     from vmexit.commands.leaving import Clear, Detach, Exit
     from vmexit.commands.memory import ShowMemory
     from vmexit.commands.msr import MsrRead, MsrWrite
+    from vmexit.commands.msr_access import ReadMsr, WriteMsr
     from vmexit.commands.msr_explain import ExplainMsr
     from vmexit.commands.output import ManageOutputs
     from vmexit.commands.registers import Register
@@ -40,6 +42,8 @@ def _commands() -> tuple[Command, ...]:
         MsrWrite(),
         MsrRead(),
         ExplainMsr(),
+        ReadMsr(),
+        WriteMsr(),
         Events(),
         ManageOutputs(),
         Go(),
@@ -53,6 +57,8 @@ def _commands() -> tuple[Command, ...]:
         Processes(),
         Process(),
         Thread(),
+        Attach(),
+        DetachProcess(),
         Stack(),
         Modules(),
         Examine(),

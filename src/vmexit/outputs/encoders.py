@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import functools
 import json
-import os
 import platform
 import time
 from collections.abc import Callable, Iterable
@@ -150,12 +149,14 @@ class JsonEncoder(RowEncoder):
         value = f'"{trap.value:#x}"' if has_value(trap) else "null"
         rip = f'"{trap.rip:#x}"' if has_place(trap) else "null"
         flags = json.dumps(flag_names(trap.flags)) if trap.flags else "[]"
+        known = trap.flags & RecordFlag.PROCESS_KNOWN
+        process = f'"pid":{trap.pid},"tid":{trap.tid}' if known else '"pid":null,"tid":null'
         fault = "null" if row.fault is None else json.dumps(row.fault)
         text = json.dumps(row.text.decode("utf-8", "replace")) if row.text else '""'
         return (
             f'{{"event":{trap.event},"sequence":{trap.sequence},"time":"{self._time(trap.time_ns)}","time_ns":{trap.time_ns},'
             f'"core":{trap.core},"access":"{access}","stage":"{stage}","msr":"{trap.msr:#x}","name":{name},'
-            f'"value":{value},"rip":{rip},"rsp":"{trap.rsp:#x}","length":{trap.length},"action":{_actions(row.actions)},'
+            f'"value":{value},"rip":{rip},"rsp":"{trap.rsp:#x}","length":{trap.length},{process},"action":{_actions(row.actions)},'
             f'"flags":{flags},"text":{text},"fault":{fault}{self._after}'
         ).encode()
 
@@ -168,4 +169,4 @@ def _actions(actions: int) -> str:
 
 def fleet_fields(machine: str) -> dict[str, object]:
     """What tells this machine's objects from those of others in the same place."""
-    return {"host": platform.node(), "pid": os.getpid(), "machine": machine}
+    return {"host": platform.node(), "machine": machine}

@@ -167,7 +167,8 @@ class Outputs:
         outputs = tuple(self[name] for name in dict.fromkeys(event.outputs))
         tells = any(output.structured for output in outputs)
         action = event.action
-        event.forwarded = Action.RECORD if tells and action & Action.SCRIPT else Action(0)
+        by_agent = tells and action & Action.SCRIPT and not event.tells_itself
+        event.forwarded = Action.RECORD if by_agent else Action(0)
         shown = action & Action.RECORD
         if not shown and not action & Action.SCRIPT:
             shown = action & (Action.ASK | Action.BREAK)

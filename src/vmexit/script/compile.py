@@ -69,6 +69,8 @@ class CompiledScript:
     """All that it uses."""
     registers: Place | None
     """Where it first names one of the 16 general registers; None: nowhere."""
+    asks_process: bool
+    """It wants to know the guest's process ($pid and its like)."""
 
     def fault(self, error: int, place: int, detail: int) -> ScriptRunError:
         """The error for the user, from what a failed run left in its context."""
@@ -161,4 +163,5 @@ class Compiler:
             tuple(places.places),
             tuple(program.globals),
             places.general,
+            places.asks_process,
         )

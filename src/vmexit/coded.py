@@ -152,6 +152,7 @@ class Coded:
         event.action = Action.ASK | event.action & (Action.SCRIPT if self._records else Action.SCRIPT | Action.RECORD)
         event.way = "emulated"
         event.callback = self
+        event.tells_itself = True
 
     def __call__(self, trap: LiveTrap) -> None:
         """At a trap; where the script comes between the condition and the code, for each of them."""
@@ -181,9 +182,13 @@ class Coded:
                 trap.short_circuit = self._event.short_circuit
             trap.runs_script = self._has_script
             trap.asks_again = self._is_code_last
-        if self._records:
+        is_forwarded = bool(self._event.outputs) and not (self._breaks or self._event.action & Action.RECORD)
+        if self._records or is_forwarded:
             flags = trap.flags & ~RecordFlag.SKIPPED | (RecordFlag.SKIPPED if trap.short_circuit else RecordFlag(0))
-            self._debugger.tell_records(record_of(trap.trap._replace(action=Action.RECORD, flags=flags)), alike=True)
+            records = record_of(trap.trap._replace(action=Action.RECORD, flags=flags))
+            self._debugger.outputs.take(records, [])
+            if self._records:
+                self._debugger.tell_records(records, alike=True)
         return True
 
     def _tried(self, sandbox: Sandbox, trap: LiveTrap, guest: _TrappedGuest) -> int | None:

@@ -8,10 +8,10 @@ import select
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 
@@ -24,6 +24,8 @@ from vmexit.hooks import HookOptions, Msr, make_event
 from vmexit.link.client import RequestError
 from vmexit.link.rings import Records, are_alike
 from vmexit.link.wire import Access, Action, Status
+from vmexit.outputs import Outputs
+from vmexit.outputs.kinds import Machine
 from vmexit.prints import Printed, printed
 from vmexit.processes import ThreadNames
 from vmexit.program import Program, check
@@ -33,6 +35,9 @@ from vmexit.script.runtime import DEFAULT_STACK, DEFAULT_STEPS, Runtime, check_l
 from vmexit.targets.base import Notice, NoticeKind, Target
 from vmexit.trap import LiveTrap, Registers, Trap, first_questions, traps_of
 
+if TYPE_CHECKING:
+    from vmexit.console.render import Columns
+
 # How long the debugger sleeps when nothing calls it: records that need not be seen at once wait no longer than this.
 _POLL_S = 0.05
 _HALT_S = 20.0
@@ -40,6 +45,7 @@ _SPIN_S = 0.0005
 _RECORD = int(Action.RECORD)  # an operation on plain numbers takes a tenth of the time
 _ASK = int(Action.ASK)
 _TEXT = int(Action.PRINT | Action.FAULT)
+_LEAVES_TEXT = _TEXT | int(Action.NAME)
 _NOTICES_S = 0.01
 
 
@@ -122,6 +128,8 @@ class Debugger:
         self.listeners: list[Listener] = []
         self.record_listeners: list[RecordListener] = []
         self.print_listeners: list[PrintListener] = []
+        self.outputs = Outputs(self._told_of, lambda: self.overflow is Overflow.WAIT)
+        """Where results go besides: files, sockets, modules ... An event names those that are its own."""
         self.at_close: list[Callable[[], None]] = []
         """Called once, before the debugger lets go of the machine; not under its lock."""
         self.compiler = Compiler()
@@ -139,6 +147,7 @@ class Debugger:
         """When the machine first ran, by the clock of Trap.time_ns; None: it has not."""
         self.overflow = Overflow.DROP if target.only_looks else Overflow.WAIT
         self._evaluating: Runtime | None = None
+        self._columns: Columns | None = None
         self._rings = target.link.rings
         self._program = Program(target.link, self.events)
         self._breaks: deque[Trap] = deque()
@@ -164,16 +173,41 @@ class Debugger:
         """Lets go of the machine, which runs on by itself. Another debugger can attach to it."""
         with self.lock:
             self._check_alive()
+            self._take_rest()
             self.state = State.ENDED
             self.target.detach()
+        self.outputs.finish()
 
     def close(self) -> None:
-        """Ends a machine that vmexit has started, and nothing of it is left behind; lets go of any other."""
+        """Ends a machine that vmexit has started, and nothing of it is left behind; lets go of any other.
+
+        Outputs have some seconds to deliver what is waiting; what is left they count.
+        """
         while self.at_close:
             self.at_close.pop()()
         with self.lock:
+            self._take_rest()
             self.state = State.ENDED
             self.target.close()
+        self.outputs.finish()
+
+    def _take_rest(self) -> None:
+        """What outputs are still to be told."""
+        if self.state != State.ENDED and len(self.outputs):
+            with contextlib.suppress(VmexitError):
+                self._drain()
+
+    def _told_of(self) -> Machine:
+        """What outputs are told of the machine."""
+        return Machine(self.target.name, self.target.pid or 0, self._lines)
+
+    def _lines(self, records: Records) -> str:
+        """Traps as lines of text, as the console has them."""
+        from vmexit.console.render import Columns
+
+        if self._columns is None:
+            self._columns = Columns(self.started_ns)
+        return self._columns.lines(records)
 
     # ---- events ----
 
@@ -184,8 +218,10 @@ class Debugger:
             self.events.add(event)
             self._rings.clear_hits(event.slot)
             try:
+                self.outputs.join(event)
                 self._push()
             except BaseException:
+                self.outputs.leave(event)
                 self.events.remove(event)
                 raise
         return event
@@ -497,7 +533,9 @@ class Debugger:
         with self.lock:
             worked = self._work(patient=timeout > 0)
         if timeout > 0 and not worked and self.state != State.ENDED:
-            if not self._is_called_soon():
+            if self._is_held_back():
+                self.outputs.wait_for_room(min(timeout, _POLL_S))
+            elif not self._is_called_soon():
                 self._sleep(timeout)
             with self.lock:
                 self._work()
@@ -540,7 +578,9 @@ class Debugger:
         """
         if self.state == State.ENDED:
             return False
-        actions = 0 if patient and not self._rings.calls() else self._drain()
+        # Where an output is full and nothing may be lost, the rings fill up too, and the vCPUs wait.
+        stay = (patient and not self._rings.calls()) or self._is_held_back()
+        actions = 0 if stay else self._drain()
         is_more = bool(actions & ~_RECORD)
         # Looking for notices takes some system calls, too many for every question.
         now = time.monotonic()
@@ -553,6 +593,9 @@ class Debugger:
         for notice in notices:
             self._on_target_notice(notice)
         return is_more or bool(notices)
+
+    def _is_held_back(self) -> bool:
+        return self.state == State.RUNNING and not self._halting and self.outputs.hold_back()
 
     def _drain(self, *, final: bool = False) -> int:
         """Deals with the records that are there; their actions (Action), all together."""
@@ -578,21 +621,38 @@ class Debugger:
 
     def _take(self, records: Records) -> int:
         # A question mostly comes alone, and for one record numpy is slow.
-        if len(records) == 1 or are_alike(records):
-            action = int(records["action"][0])
-            self._take_action(records, action, alike=True)
-            return action
-        actions = 0
-        for part in _runs(records):
-            action = int(part["action"][0])
-            self._take_action(part, action, alike=False)
-            actions |= action
+        alike = len(records) == 1 or are_alike(records)
+        actions = int(records["action"][0] if alike else np.bitwise_or.reduce(records["action"]))
+        rest = self._forward(records)
+        if alike and rest is records:
+            self._take_action(records, actions, alike=True)
+        elif len(rest):
+            for part in _runs(rest):
+                self._take_action(part, int(part["action"][0]), alike=False)
+        if actions & _LEAVES_TEXT:
+            self._rings.release_text(records[(records["action"] & _LEAVES_TEXT) != 0])
         return actions
+
+    def _forward(self, records: Records) -> Records:
+        """Deals with what goes to outputs, all at once; gives what is left: questions and stops, and what does not go there."""
+        mine = self.outputs.claimed(records)
+        if mine is None:
+            return records
+        actions = records["action"]
+        told = records[mine & ((actions & _TEXT) != 0)]
+        texts = list(printed(told, self._rings, self._program.scripts)) if len(told) else []
+        self.outputs.take(records[mine], texts)
+        recorded = records[mine & (actions == _RECORD)]
+        if len(recorded):
+            self._take_action(recorded, _RECORD, alike=False)
+        self._tell_printed(texts)
+        rest: Records = records[~(mine & ((actions & (_TEXT | _RECORD)) != 0))]
+        return rest
 
     def _take_action(self, records: Records, action: int, *, alike: bool) -> None:
         """Deals with records of one action; ``alike``: they are known to be (are_alike)."""
         if action & _TEXT:
-            self._print(records)
+            self._tell_printed(printed(records, self._rings, self._program.scripts))
             return
         if action == Action.NAME:
             self.thread_names.learn(records, self._rings)
@@ -618,14 +678,13 @@ class Debugger:
         if self.listeners:
             self._tell(list(traps_of(records)))
 
-    def _print(self, records: Records) -> None:
-        for text in printed(records, self._rings, self._program.scripts):
+    def _tell_printed(self, texts: Iterable[Printed]) -> None:
+        for text in texts:
             if text.fault is not None and (event := self.events.get(text.event)) is not None:
                 event.faults += 1
             for listener in list(self.print_listeners):
                 with self._keeping_errors():
                     listener(text)
-        self._rings.release_text(records)
 
     def _keep(self, records: Records, *, alike: bool) -> None:
         if alike:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, TypedDict
 
 from vmexit.events.event import Callback, Event
@@ -50,6 +51,8 @@ class HookOptions(TypedDict, total=False):
     """False: records may be gathered, which costs a trap less."""
     with_process: bool
     """False; True: records tell process and thread (Trap.pid, Trap.tid)."""
+    outputs: Sequence[str]
+    """None; or names of outputs (Debugger.outputs) that what the script prints, or each trap, goes to."""
     keep: int
     """200,000: so many of the newest records stay in Event.recording; none with a callback, script or code."""
 
@@ -80,6 +83,7 @@ def make_event(debugger: Debugger, access: Access, msr: Msr, callback: Callback 
         immediate=options.get("immediate", False),
         text=f"on_msr_{'write' if access == Access.WRMSR else 'read'}({msrs})",
         recording=Recording(options.get("keep", _KEPT)) if is_recorded else None,
+        outputs=tuple(options.get("outputs", ())),
     )
     event.check()
     _attach_code(debugger, event, options)

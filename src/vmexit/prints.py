@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -31,6 +31,8 @@ class Printed:
     text: bytes
     fault: ScriptRunError | None = None
     """Why the run was ended; then there is no text."""
+    parts: Sequence[bytes] = ()
+    """The text of each print by itself; none for what no script has printed."""
 
 
 def printed(records: Records, rings: Rings, scripts: Mapping[int, CompiledScript]) -> Iterator[Printed]:
@@ -47,7 +49,8 @@ def printed(records: Records, rings: Rings, scripts: Mapping[int, CompiledScript
             fault = scripts[int(first["script"])].fault(int(headers[start]) >> 32, place, detail)
             yield Printed(event, core, time_ns, b"", fault)
         else:
-            yield Printed(event, core, time_ns, b"".join(texts[start:end]))
+            parts = texts[start:end]
+            yield Printed(event, core, time_ns, b"".join(parts), None, parts)
         start = end
 
 

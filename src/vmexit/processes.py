@@ -82,7 +82,7 @@ class ThreadNames:
         self._names: dict[tuple[int, int], str] = {}
 
     def learn(self, records: Records, rings: Rings) -> None:
-        """Takes in records of Action.NAME, oldest first; their text is no longer needed then."""
+        """Takes in records of Action.NAME, oldest first; their text is not needed behind that."""
         rows = rings.text(records, 1, _NAME_WORDS)
         for value, row in zip(records["value"].tolist(), rows, strict=True):
             name = printable(row.tobytes().partition(b"\0")[0])
@@ -91,7 +91,6 @@ class ThreadNames:
             self._names[key] = name
             if len(self._names) > _MOST_NAMES:
                 del self._names[next(iter(self._names))]
-        rings.release_text(records)
 
     def get(self, pid: int, tid: int) -> str | None:
         """What the thread calls itself, when it was last heard of; None: nothing was."""

@@ -110,7 +110,7 @@ def lower(event: Event, script: int = 0, condition: int = 0) -> bytes:
         slot=event.slot,
         access=int(event.access),
         stages=int(event.stage),
-        actions=int(event.action),
+        actions=int(event.action | event.forwarded),
         flags=int(flags),
         core=wire.ALL_CORES if event.core is None else event.core,
         process=wire.ALL_PROCESSES if event.process is None else event.process,

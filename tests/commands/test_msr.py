@@ -270,9 +270,7 @@ def test_what_is_wrong_is_marked(typist: Typist, line: str, shown: str) -> None:
 
 @pytest.mark.parametrize(
     ("rest", "marked"),
-    [
-        ("output { one, two }", "output { one, two }"),
-    ],
+    [],
 )
 def test_what_is_not_available_yet(typist: Typist, rest: str, marked: str) -> None:
     line = f"!msrwrite 10 {rest}"

@@ -132,6 +132,7 @@ def test_the_examples_in_the_help_texts_work(
     typist.map(0x100000, b"\x90" * 0x1000, physical=True)
     typist.map(0xFF000, b"\x90" * 0x1000, physical=True)
     typist.types("? .writes = 1;")
+    typist.types(f"output create log file {tmp_path}/log")
     monkeypatch.chdir(tmp_path)
     Path("boot.vmx").write_text("!msrwrite $arg1\n")
     typist.types(example)

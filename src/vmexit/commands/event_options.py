@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vmexit.commands import event_code
+from vmexit.commands import event_code, event_outputs
 from vmexit.commands.command import Arguments, one_of
 from vmexit.commands.session import Session
 from vmexit.console.tokens import U64_MAX, Token, TokenKind
@@ -23,11 +23,9 @@ _NUMBERS = {"core": "core number", "pid": "process ID", "buffer": "buffer size i
 _VALUES = ("value", "mask")
 _BLOCKS = ("script", "condition", "code", "output")
 _MACHINE_CODE = ("condition", "code")
-_MOST_OUTPUTS = 5
-
 _FILE = "file:"
 
-OFFERED = tuple("asm buffer changed code condition core imm log mask pid sc script stage value".split())
+OFFERED = tuple("asm buffer changed code condition core imm log mask output pid sc script stage value".split())
 """Those that can be used yet."""
 ALL = (*_CHOICES, *_NUMBERS, *_VALUES, *_BLOCKS, "asm", "changed", "log")
 TAKE_A_VALUE = (*_CHOICES, *_NUMBERS, *_VALUES)
@@ -35,7 +33,7 @@ TAKE_A_VALUE = (*_CHOICES, *_NUMBERS, *_VALUES)
 USAGE = (
     "[value VALUE] [mask BITS] [changed] [core CORE] [imm yes|no] [sc on|off] [stage pre|post|all] [pid PID|all] [log] "
     "[script { SCRIPT }] "
-    "[[asm] condition { CODE }] [[asm] code { CODE }] [buffer N]"
+    "[[asm] condition { CODE }] [[asm] code { CODE }] [buffer N] [output { NAME, ... }]"
 )
 PARAMETERS = (
     (
@@ -88,7 +86,11 @@ PARAMETERS = (
     ),
     ("asm", "Before 'condition' or 'code': what is in the braces is assembly in Intel's syntax."),
     ("buffer N", "So many zeroed bytes that the event's code and script ($buffer) keep from trap to trap."),
-    ("output { }", "HyperDbg's; its value is checked, but it is not yet available."),
+    (
+        "output { NAME, ... }",
+        "What the script prints goes to these outputs, five at most, and not to the screen; so do the lines of 'log' and of "
+        "breaks. The command 'output' creates and opens them. It does not go together with 'imm no'.",
+    ),
 )
 
 
@@ -113,6 +115,8 @@ class EventOptions:
     """Of ``condition`` and ``code``: the braces, and whether it is assembly."""
     buffer: int | None = None
     """Bytes."""
+    output: Token | None = None
+    """The braces with the names of its outputs."""
     rest: list[Token] = field(default_factory=list)
     """The tokens that are no option."""
     places: dict[str, tuple[Token, Token]] = field(default_factory=dict)
@@ -218,15 +222,9 @@ class _Parser:
             self._found.machine_code[option] = (block, is_assembly)
             self._found.places[option] = (keyword, block if place == 0 else keyword)
             return
-        self._check_output(block)
-        self._refuse(f"'{option}' is not yet available", keyword, block if place == 0 else keyword)
-
-    def _check_output(self, block: Token) -> None:
-        names = [name.strip() for name in block.text.split(",")]
-        if not all(names):
-            raise self._arguments.error("a name is missing between the commas", block)
-        if len(names) > _MOST_OUTPUTS:
-            raise self._arguments.error(f"an event has {_MOST_OUTPUTS} outputs at most, not {len(names)}", block)
+        event_outputs.names(self._arguments, block)
+        self._found.output = block
+        self._found.places[option] = (keyword, block if place == 0 else keyword)
 
     def _asm(self, keyword: Token) -> None:
         if not self._left or self._left[0].lower not in _MACHINE_CODE:
@@ -277,6 +275,12 @@ def compiled_script(session: Session, arguments: Arguments, options: EventOption
     except OSError as error:
         raise arguments.error(f"the script file '{path}' cannot be read: {error.strerror}", block) from None
     return session.debugger.compiler.compile(source.text, source.name)
+
+
+def outputs(session: Session, arguments: Arguments, options: EventOptions) -> tuple[str, ...]:
+    """The names of the event's outputs. Raises CommandError for one that cannot be used."""
+    block = options.output
+    return () if block is None else event_outputs.check(session, arguments, block, options.immediate)
 
 
 def make(session: Session, arguments: Arguments, options: EventOptions, event: Event) -> Event:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
-from vmexit.commands import event_options, msr_names, msr_sets
+from vmexit.commands import event_options, event_outputs, msr_names, msr_sets
 from vmexit.commands.command import Arguments, Command, Info
 from vmexit.commands.session import Session
 from vmexit.events.event import Event
@@ -47,6 +47,7 @@ class _MsrCommand(Command):
             msrs = MsrSet.all_but((*(msrs.left_out or ()), *noise))
         if options.unavailable is not None:
             raise options.unavailable
+        outputs = event_options.outputs(session, arguments, options)
         script = event_options.compiled_script(session, arguments, options)
         event = Event(
             access=self._ACCESS,
@@ -61,11 +62,12 @@ class _MsrCommand(Command):
             short_circuit=options.short_circuit,
             immediate=options.immediate,
             text=arguments.line.strip(),
+            outputs=outputs,
         )
         if options.rest:
             options.places["msr"] = (options.rest[0], options.rest[-1])
         event_options.make(session, arguments, options, event)
-        session.emit(self._success(session, event, options))
+        session.emit(self._success(session, event, options) + event_outputs.notice(session, outputs))
 
     def _msrs(self, arguments: Arguments, options: event_options.EventOptions) -> MsrSet:
         msrs = msr_sets.parse(arguments, options.rest, event_options.ALL)
@@ -141,6 +143,7 @@ skips it. In stage post the write has been done.""",
             ("!msrwrite efer mask 1 value 0 log", "prints the writes to IA32_EFER that have SCE (bit 0) clear"),
             ("!msrwrite 277 condition { 488b01 }", "halts it where the guest's RAX is not 0"),
             ("!msrwrite 277 asm code { nop; nop }", "runs machine code at each write to IA32_PAT"),
+            ("!msrwrite 277 log output { log }", "prints into the output of that name"),
             ("!msrwrite 1a0 core 1 sc on log", "ignores what core 1 writes to IA32_MISC_ENABLE; prints it"),
         ),
     )

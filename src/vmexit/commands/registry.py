@@ -27,6 +27,7 @@ def _commands() -> tuple[Command, ...]:
     from vmexit.commands.msr import MsrRead, MsrWrite
     from vmexit.commands.msr_access import ReadMsr, WriteMsr
     from vmexit.commands.msr_explain import ExplainMsr
+    from vmexit.commands.output import ManageOutputs
     from vmexit.commands.registers import Register
     from vmexit.commands.running import Go, Pause, Sleep
     from vmexit.commands.script_file import ScriptFile
@@ -44,6 +45,7 @@ def _commands() -> tuple[Command, ...]:
         ReadMsr(),
         WriteMsr(),
         Events(),
+        ManageOutputs(),
         Go(),
         Pause(),
         Evaluate(),

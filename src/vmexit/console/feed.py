@@ -65,10 +65,21 @@ class Feed:
         self._lost_when = 0.0
         self._shows_records = shows_records
         if shows_records:
-            self._debugger.record_listeners.append(self._items.append)
-        self._debugger.print_listeners.append(self._items.append)
+            self._debugger.record_listeners.append(self._take_records)
+        self._debugger.print_listeners.append(self._take_printed)
         self._debugger.on_stop = self._items.append
         self._debugger.on_notice = self._items.append
+
+    def _take_records(self, records: Records) -> None:
+        """Those that do not go elsewhere."""
+        records = self._debugger.outputs.unclaimed(records)
+        if len(records):
+            self._items.append(records)
+
+    def _take_printed(self, printed: Printed) -> None:
+        """The same; mistakes are shown all the same."""
+        if not printed.parts or not self._debugger.outputs.has_route(printed.event):
+            self._items.append(printed)
 
     def hurry(self) -> None:
         """Somebody does not want to wait for a long backlog on a terminal: only its end will be shown, and how much was not."""
@@ -241,6 +252,8 @@ class Feed:
 
     def _tell_losses(self, stopped: bool) -> None:
         """As soon as there are any, and then not too often."""
+        for line in self._debugger.outputs.news():
+            self._screen.write(line)
         lost = self._debugger.dropped() if self._shows_records else 0
         if lost == self._lost_told or not (stopped or time.monotonic() - self._lost_when >= _LOSS_S):
             return

@@ -68,6 +68,12 @@ class Event:
     """Runs of its script that were ended."""
     way: str = ""
     """How its machine code runs, for a list of events; empty: it has none."""
+    outputs: tuple[str, ...] = ()
+    """The names of the outputs that its results go to; none: to the screen."""
+    forwarded: Action = field(default=Action(0), repr=False)
+    """What the agent does besides, for the sake of its outputs; set when they are known."""
+    tells_itself: bool = False
+    """Its callback decides which of its traps are told to outputs (Debugger.tell)."""
     recording: Recording | None = field(default=None, repr=False)
     """Where its records are kept; None: they are only counted and passed on."""
 

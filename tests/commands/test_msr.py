@@ -269,19 +269,6 @@ def test_what_is_wrong_is_marked(typist: Typist, line: str, shown: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rest", "marked"),
-    [],
-)
-def test_what_is_not_available_yet(typist: Typist, rest: str, marked: str) -> None:
-    line = f"!msrwrite 10 {rest}"
-    message, source, mark = typist.fails(line).split("\n")
-    assert message == f"'{marked.split()[0]}' is not yet available"
-    assert source == line
-    assert mark == " " * line.index(marked) + "^" + "~" * (len(marked) - 1)
-    assert not list(typist.debugger.events)
-
-
-@pytest.mark.parametrize(
     ("rest", "message", "marked"),
     [
         ("pid zz", "'zz' is no process ID", "zz"),

@@ -266,14 +266,25 @@ class SocketSink(StreamSink):
     def _write(self, data: memoryview) -> int:
         assert self._socket is not None
         self._discard()
-        return self._socket.send(data)
+        try:
+            return self._socket.send(data)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            self._failed = error.errno or errno.EPIPE
+            raise
 
     def _discard(self) -> None:
         assert self._socket is not None
         if self._failed:
             raise OSError(self._failed, os.strerror(self._failed))
-        with contextlib.suppress(BlockingIOError):
+        try:
             self._socket.recv(1 << 16)
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self._failed = error.errno or errno.EPIPE
+            raise
 
     def idle(self) -> None:
         try:

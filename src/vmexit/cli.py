@@ -139,6 +139,7 @@ def _add_session_options(parser: argparse.ArgumentParser) -> None:
     kernel.add_argument("--kernel-image", dest="image", metavar="FILE", type=Path, help="the guest's Linux kernel (bzImage)")
     kernel.add_argument("--vmlinux", dest="image", metavar="FILE", type=Path, help="the same, unpacked")
     parser.add_argument("--system-map", metavar="FILE", type=Path, help="its System.map; none of them is needed as a rule")
+    parser.add_argument("--no-recognition", action="store_true", help="do not find out by itself which system the guest is")
 
 
 def _pid(text: str) -> int:
@@ -273,7 +274,7 @@ def _run(parsed: argparse.Namespace, **options: Any) -> int:
     commands = [command for kind, value in parsed.given or [] for command in _given(kind, value)]
     try:
         given = Help(parsed.image, parsed.system_map)
-        return run(Options(commands=commands, batch=parsed.batch, given=given, **options))
+        return run(Options(commands=commands, batch=parsed.batch, given=given, recognises=not parsed.no_recognition, **options))
     except OutputGoneError as gone:
         if isinstance(gone.error, BrokenPipeError):
             return _broken_pipe()

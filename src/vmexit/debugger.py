@@ -19,12 +19,15 @@ from vmexit.events.event import Callback, Event
 from vmexit.events.msrs import UNNAMED_READS, UNNAMED_WRITES, MsrSet
 from vmexit.events.table import EventTable
 from vmexit.guest.disassembly import Mode, mode_of
+from vmexit.guest_view import GuestView
 from vmexit.link.client import RequestError
 from vmexit.link.rings import Records
 from vmexit.link.wire import Access, Action, Stage, Status
 from vmexit.msr import address_of
+from vmexit.names import Names
 from vmexit.prints import Printed, printed
 from vmexit.program import Program, check
+from vmexit.recognition import OWN, Recognition
 from vmexit.recording import Recording, Summary
 from vmexit.script.compile import CompiledScript, Compiler
 from vmexit.script.runtime import DEFAULT_STACK, DEFAULT_STEPS, Runtime, check_limits
@@ -36,6 +39,7 @@ _POLL_S = 0.05
 _HALT_S = 20.0
 _SPIN_S = 0.0005
 _RECORD = int(Action.RECORD)  # an operation on plain numbers takes a tenth of the time
+_ASK = int(Action.ASK)
 _TEXT = int(Action.PRINT | Action.FAULT)
 _NOTICES_S = 0.01
 _KEPT = 200_000
@@ -120,7 +124,11 @@ class Debugger:
         self.listeners: list[Listener] = []
         self.record_listeners: list[RecordListener] = []
         self.print_listeners: list[PrintListener] = []
-        self.compiler = Compiler()
+        self.guest = GuestView(self)
+        """What is known of the system that runs in the guest."""
+        self.names = Names(self)
+        self.recognition = Recognition(self)
+        self.compiler = Compiler(lambda name: self.guest.symbol(name))
         """Of the session's scripts, which share their global variables."""
         self.script_steps = DEFAULT_STEPS
         self.script_stack = DEFAULT_STACK
@@ -131,6 +139,7 @@ class Debugger:
         self._evaluating: Runtime | None = None
         self._rings = target.link.rings
         self._program = Program(target.link, self.events)
+        self._own_asked = 0
         self._breaks: deque[Trap] = deque()
         self._shut_down = False
         self._halting = False
@@ -338,9 +347,26 @@ class Debugger:
         with self.lock:
             self._program.sync()
 
+    def set_own_event(self, event: Event | None) -> None:
+        """The event by which the debugger itself asks (recognition); None: it does not."""
+        with self.lock:
+            if self._program.own is not event:
+                self._program.own = event
+                self._push()
+
     def _push(self) -> None:
         if self.state != State.ENDED:
             self._program.push()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the machine runs."""
+        return self.state == State.RUNNING
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether there is a machine."""
+        return self.state != State.ENDED
 
     def _check_alive(self) -> None:
         if self.state == State.ENDED:
@@ -374,6 +400,7 @@ class Debugger:
         with self.lock:
             self._check_alive()
             self.target.link.write_memory(core, address, data, physical=physical)
+            self.guest.forget()
 
     def code_mode(self, core: int | None = None) -> Mode:
         """How wide the code is that a vCPU executes, as far as CR0 and EFER tell (disassembly.mode_of)."""
@@ -419,6 +446,7 @@ class Debugger:
                     return
             if self._shut_down:
                 raise TargetError("the guest has shut down; all that is left is to end it (.exit)")
+            self.recognition.watch()
             self._note_start()
             self._halting = False
             self.state = State.RUNNING
@@ -586,12 +614,30 @@ class Debugger:
     def _take(self, records: Records) -> int:
         # A question mostly comes alone, and for one record numpy is slow.
         actions = int(records["action"][0] if len(records) == 1 else np.bitwise_or.reduce(records["action"]))
+        if actions & _ASK and (records["event"][0] == OWN if len(records) == 1 else (records["event"] == OWN).any()):
+            return self._take_around(records, int(np.argmax(records["event"] == OWN)))
+        if self._own_asked:
+            records["sequence"] -= np.uint64(self._own_asked)
         if (actions & (actions - 1)) == 0:
             self._take_alike(records, actions)
             return actions
         for part in _runs(records):
             self._take_alike(part, int(part["action"][0]))
         return actions
+
+    def _take_around(self, records: Records, own: int) -> int:
+        """Deals with records of which that one is the debugger's own question, which nobody else sees nor counts."""
+        actions = self._take(records[:own]) if own else 0
+        core, sequence, value = (int(records[own][name]) for name in ("vcpu", "sequence", "value"))
+        try:
+            with self._keeping_errors():
+                self.recognition.at_lstar(core, value)
+        finally:
+            self.guest.after_trap()
+            self._rings.answer(core, sequence, self._rings.question_registers(core), 0, False)
+        self._own_asked += 1
+        rest = records[own + 1 :]
+        return actions | _ASK | (self._take(rest) if len(rest) else 0)
 
     def _take_alike(self, records: Records, action: int) -> None:
         """Deals with records of one action."""
@@ -644,17 +690,19 @@ class Debugger:
 
     def _ask(self, trap: Trap) -> None:
         values = self._rings.question_registers(trap.core)
-        live = LiveTrap(trap, values.copy(), self)
+        live = LiveTrap(trap, values.copy(), self, self.guest)
         event = self.events.get(trap.event)
         changed, skip, halt = 0, trap.skipped, False
         # After an exception the rest of the batch is answered without asking: the vCPUs wait.
         if event is not None and event.callback is not None and self._error is None:
+            self.guest.at_trap(trap.core)
             try:
                 event.callback(live)
                 changed, skip, halt, values = live.changed, live.short_circuit, live.halting, live.values
             except BaseException as error:
                 self._error, halt = error, True
-        self._rings.answer(trap.core, trap.sequence, values, changed, skip, halt)
+            self.guest.after_trap()
+        self._rings.answer(trap.core, trap.sequence + self._own_asked, values, changed, skip, halt)
         self._answered = True
 
     # ---- stops ----
@@ -672,6 +720,9 @@ class Debugger:
             self._notify(notice)
         else:
             self._breaks.clear()
+            if notice.kind == NoticeKind.RESET:
+                self.guest.reset()
+                self.recognition.reset()
             self._notify(notice)
 
     def _notify(self, notice: Notice) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple
 
+from vmexit.errors import VmexitError
 from vmexit.guest.linux.cache import Cache
 from vmexit.guest.linux.processes import Task
 from vmexit.guest.linux.recipe import is_kernel_pointer
@@ -16,6 +18,7 @@ from vmexit.guest.memory import UnreadableError
 from vmexit.guest.symbols import Place
 from vmexit.link.client import RequestError
 from vmexit.link.wire import Status
+from vmexit.script.errors import UnknownGuestError
 
 if TYPE_CHECKING:
     from vmexit.debugger import Debugger
@@ -48,6 +51,19 @@ class DebuggedMachine:
             if error.status != Status.UNREADABLE:
                 raise
             raise UnreadableError(address) from None
+
+
+class Caller(NamedTuple):
+    """Where a function returns to."""
+
+    address: int
+    place: Place | None
+    """Its name."""
+    is_guess: bool
+    """It only looks as if it were: the word on the stack may be left from a call long ago."""
+
+    def __str__(self) -> str:
+        return f"{'? ' * self.is_guess}{self.place or f'{self.address:016x}'}"
 
 
 class GuestView:
@@ -88,10 +104,13 @@ class GuestView:
             self._found.linux.forget()
 
     def at_trap(self, core: int) -> None:
-        """A callback is about to ask, while its vCPU waits and the others run: what was read before counts no more."""
-        self.forget()
+        """A callback may be about to ask, while its vCPU waits and the others run: what was read before counts no more."""
         self._callback = object()
         self._machine.reader = core
+
+    def after_trap(self) -> None:
+        """The callback has returned, and its vCPU goes on."""
+        self._callback = None
 
     @property
     def _now(self) -> object:
@@ -125,12 +144,34 @@ class GuestView:
         Raises LinkError.
         """
         self.at_trap(core)
-        if self._found is not None and self._found.linux.is_still_there():
+        self.forget()
+        before = self._found
+        if before is not None and before.linux.is_entered_at(lstar) and before.linux.is_still_there():
             return None
         try:
             found = self.recognise(core, lstar=lstar)
         except NotRecognisedError as error:
-            return str(error)
+            return "; ".join((str(error), *error.remarks))
+        if before is not None and before.linux.is_same(found.linux):
+            return None  # which gives SYSCALL another way than its own
+        return "; ".join((found.linux.describe(), *found.remarks))
+
+    @property
+    def is_known(self) -> bool:
+        """Whether something has been recognised, and nothing has been heard of its end; the machine is not looked at for that."""
+        return self._found is not None
+
+    @property
+    def seen(self) -> object:
+        """Another object whenever known_name may give other names than before; None: it gives none."""
+        return None if self._found is None else self._found.linux.seen_modules
+
+    def summary(self) -> str:
+        """One line: what runs, or why nothing is known. Raises LinkError."""
+        try:
+            found = self.recognised
+        except NotRecognisedError as error:
+            return "; ".join((str(error), *error.remarks))
         return "; ".join((found.linux.describe(), *found.remarks))
 
     @property
@@ -172,6 +213,28 @@ class GuestView:
         except (NotRecognisedError, UnreadableError):
             return None
 
+    def known_name(self, address: int) -> Place | None:
+        """The name of an address as far as it is known without looking at the guest, which may run."""
+        return None if self._found is None else self._found.linux.known_name(address)
+
+    def symbol(self, name: str) -> int | None:
+        """The address of a symbol for a script, also while the guest runs; None: there is none of that name.
+
+        Raises UnknownGuestError where it cannot be told.
+        """
+        if not _PLAIN_SYMBOL.fullmatch(name):
+            return None
+        if self._debugger.is_running and self._callback is None:
+            if self._found is None:
+                raise UnknownGuestError("the guest is not recognised yet")
+            return self._found.linux.known_address(name)
+        try:
+            return self.linux.address_of(name)
+        except NotRecognisedError as error:
+            raise UnknownGuestError(str(error)) from None
+        except VmexitError:
+            raise UnknownGuestError("the guest is not recognised yet") from None
+
     def label(self, address: int) -> str | None:
         """The name of an address where the guest is known already; nothing is searched for that alone."""
         if self._found is None:
@@ -202,3 +265,11 @@ class GuestView:
         self.linux  # noqa: B018 - it may have to be recognised anew
         assert self._stacks is not None
         return list(self._stacks.frames(self._machine.registers(self._core(core))))
+
+    def caller(self, core: int | None = None) -> Caller | None:
+        """What the function that a vCPU executes returns to; None: not known."""
+        if self.known is None or self._stacks is None:
+            return None
+        frames = self._stacks.frames(self._machine.registers(self._core(core)))
+        found = next(islice(frames, 1, None), None)
+        return Caller(found.address, self.name_of(found.address), found.is_guess) if found else None

@@ -58,6 +58,7 @@ def test_settings(typist: Typist) -> None:
     assert [line.split()[:2] for line in typist.types("settings").split("\n")] == [
         ["code-failures", "10"],
         ["overflow", "wait"],
+        ["recognition", "on"],
         ["script-stack", "40000"],
         ["script-steps", "f4240"],
         ["syntax", "intel"],
@@ -159,7 +160,12 @@ def test_leaving_and_clearing(typist: Typist, line: str, done: str) -> None:
         ("~ x", "'x' is no core number", 2, 1),
         ("core 1 2", "'core' takes 1 argument at most", 7, 1),
         ("settings sintax", "'sintax' is no setting: did you mean 'syntax'?", 9, 6),
-        ("settings what", "'what' is no setting (it is code-failures, overflow, script-stack, script-steps or syntax)", 9, 4),
+        (
+            "settings what",
+            "'what' is no setting (it is code-failures, overflow, recognition, script-stack, script-steps or syntax)",
+            9,
+            4,
+        ),
         ("settings syntax at&t", "'at&t' is no value of 'syntax': did you mean 'att'?", 16, 4),
         ("settings overflow on", "'on' is no value of 'overflow' (it is wait or drop)", 18, 2),
         ("settings script-steps many", "'many' is no value of 'script-steps' (a number is hexadecimal", 22, 4),

@@ -29,6 +29,7 @@ struct table {
      * leave, and none makes a half full. quick_half is -1 where the events do more than to record, or there are none. */
     uint64_t quick_used;
     int64_t quick_half;
+    uint64_t apart; /* the MSR of the debugger's own event, which is no quick matter; beyond 32 bits where there is none */
     const struct rule *rules_end;
     struct rule *rules;
     size_t count;
@@ -103,12 +104,12 @@ static inline bool quick_pre(unsigned index, unsigned access, unsigned length, u
     __atomic_store_n(&vcpu->reading, table, __ATOMIC_RELAXED);
     __atomic_signal_fence(__ATOMIC_SEQ_CST);
     struct vmexit_ring *ring = vcpu->ring;
+    const uint32_t msr = (uint32_t)registers[VMEXIT_RCX];
     /* The ring may be in the making for the next debugger where there are no events: then it is not looked at. */
-    bool is_quick = table == __atomic_load_n(&core.table, __ATOMIC_ACQUIRE) &&
+    bool is_quick = table == __atomic_load_n(&core.table, __ATOMIC_ACQUIRE) && msr != table->apart &&
                     (int64_t)(vcpu->head & core.half_mask) <= table->quick_half &&
                     vcpu->head - __atomic_load_n(&ring->tail, __ATOMIC_ACQUIRE) <= table->quick_used;
     if (__builtin_expect(is_quick, 1)) {
-        const uint32_t msr = (uint32_t)registers[VMEXIT_RCX];
         const uint64_t now = clock_now_by_tsc();
         for (const struct rule *rule = table->rules; rule != table->rules_end; rule++) {
             if (msr - rule->first > rule->span || !(rule->access & access) || (rule->core != VMEXIT_ALL_CORES && rule->core != index))

@@ -63,6 +63,8 @@ class Options:
     qemu: str = DEFAULT_QEMU
     given: Help = field(default_factory=Help)
     """Files that help to recognise the guest."""
+    recognises: bool = True
+    """Whether it is recognised by itself."""
     accelerator: str = TCG
     vmm: str | None = None
     """Another VMM than QEMU."""
@@ -140,6 +142,8 @@ class _Run:
         self._has_prompt = has_prompt
         self._session = Session(debugger, screen.write, self)
         self._session.guest.given = options.given
+        if not options.recognises:
+            debugger.recognition.enabled = False
         self._output = output
         self._feed = Feed(self._session, screen, output)
         self._leaving = False
@@ -193,6 +197,9 @@ class _Run:
     def run(self) -> int:
         """All of it; gives the exit status."""
         try:
+            if self._target.found_running is not None:
+                self._debugger.recognition.at_attach()
+                self._feed.flush()
             if not self._carry_out_given():
                 return 1
             if (self._options.commands or self._options.batch) and not self._leaving and not self._target.wants_halted:

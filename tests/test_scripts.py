@@ -354,6 +354,40 @@ class TestOutput:
 class TestBesideTheMachine:
     """Debugger.evaluate: the same language, registers and memory of a halted machine, the same variables."""
 
+    @pytest.mark.parametrize("name", ["gdtr", "idtr", "ldtr", "tr", "dr0", "dr3", "dr6", "dr7", "cr2", "kernel_gs_base"])
+    def test_system_registers_are_those_of_the_trap(self, name: str) -> None:
+        with guest("loop", COUNT=2) as (debugger, _, _):
+            found = prints_of(debugger)
+            debugger.on_msr_write(0xC0000081, script=f"print(@{name}); pause();")
+            assert debugger.run(timeout=60).reason == StopReason.BREAK
+            old = debugger.evaluate(f"print(@{name}); .old = @{name};").decode()
+            new = "455" if name == "dr7" else "12345678"
+            assert debugger.evaluate(f"@{name} = 0x{new}; print(@{name});").decode() == f"{new}\n"
+            assert debugger.run(timeout=60).reason == StopReason.BREAK
+            assert debugger.evaluate(f"@{name} = .old; print(@{name});").decode() == old
+            finish(debugger)
+            assert text_of(found) == f"{old}{new}\n" and not any(each.fault for each in found)
+
+    def test_physical_addresses_and_back(self) -> None:
+        with linux("true") as (debugger, _):
+            debugger.on_msr_write(0xC0000082, core=1, stage=Stage.POST, script="pause();")
+            assert debugger.run(timeout=120).reason == StopReason.BREAK
+            text = debugger.evaluate("""
+                long physical = virtual_to_physical(@rsp);
+                printf("%d %d ", poi_pa(physical) == poi(@rsp), poi(physical_to_virtual(physical)) == poi(@rsp));
+                printf("%llx %llx", virtual_to_physical(0x7fff00000000), physical_to_virtual(0xfffffffff000));
+            """)
+            assert text == b"1 1 0 0"
+
+    def test_a_machine_that_runs_has_neither(self) -> None:
+        with guest("loop", COUNT=1 << 30) as (debugger, _, _):
+            debugger.go()
+            with pytest.raises(ScriptRunError):
+                debugger.evaluate("print(@gdtr);")
+            for function in ("virtual_to_physical", "physical_to_virtual"):
+                with pytest.raises(VmexitError, match="halt"):
+                    debugger.evaluate(f"print({function}(1000));")
+
     def test_registers_memory_and_variables(self) -> None:
         with guest("sequence") as (debugger, image, output):
             debugger.on_msr_write(0xC0000082, script=".seen = $value; pause();")

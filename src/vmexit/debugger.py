@@ -21,7 +21,7 @@ from vmexit.events.table import EventTable
 from vmexit.guest.disassembly import Mode, mode_of
 from vmexit.guest_view import GuestView
 from vmexit.link.client import RequestError
-from vmexit.link.rings import Records
+from vmexit.link.rings import Records, are_alike
 from vmexit.link.wire import Access, Action, Stage, Status
 from vmexit.msr import address_of
 from vmexit.names import Names
@@ -533,7 +533,7 @@ class Debugger:
         An exception of a callback or listener comes out of here, once everything that was there is dealt with.
         """
         with self.lock:
-            worked = self._work()
+            worked = self._work(patient=timeout > 0)
         if timeout > 0 and not worked and self.state != State.ENDED:
             if not self._is_called_soon():
                 self._sleep(timeout)
@@ -571,11 +571,14 @@ class Debugger:
                 if not link.closed:
                     self._rings.after_sleep()
 
-    def _work(self) -> bool:
-        """Deals with what is there; whether any of it was more than records, which nobody waits for."""
+    def _work(self, *, patient: bool = False) -> bool:
+        """Deals with what is there; whether any of it was more than records, which nobody waits for.
+
+        ``patient``: such records stay where they are for now, since many at a time cost little more than few.
+        """
         if self.state == State.ENDED:
             return False
-        actions = self._drain()
+        actions = 0 if patient and not self._rings.calls() else self._drain()
         is_more = bool(actions & ~_RECORD)
         # Looking for notices takes some system calls, too many for every question.
         now = time.monotonic()
@@ -613,40 +616,47 @@ class Debugger:
 
     def _take(self, records: Records) -> int:
         # A question mostly comes alone, and for one record numpy is slow.
-        actions = int(records["action"][0] if len(records) == 1 else np.bitwise_or.reduce(records["action"]))
-        if actions & _ASK and (records["event"][0] == OWN if len(records) == 1 else (records["event"] == OWN).any()):
-            return self._take_around(records, int(np.argmax(records["event"] == OWN)))
-        if self._own_asked:
-            records["sequence"] -= np.uint64(self._own_asked)
-        if (actions & (actions - 1)) == 0:
-            self._take_alike(records, actions)
-            return actions
+        if len(records) == 1 or are_alike(records):
+            action = int(records["action"][0])
+            self._take_action(records, action, alike=True)
+            return action
+        actions = 0
         for part in _runs(records):
-            self._take_alike(part, int(part["action"][0]))
+            action = int(part["action"][0])
+            self._take_action(part, action, alike=False)
+            actions |= action
         return actions
 
-    def _take_around(self, records: Records, own: int) -> int:
-        """Deals with records of which that one is the debugger's own question, which nobody else sees nor counts."""
-        actions = self._take(records[:own]) if own else 0
-        core, sequence, value = (int(records[own][name]) for name in ("vcpu", "sequence", "value"))
+    def _ask_itself(self, record: Records) -> None:
+        """Deals with the debugger's own question, which nobody else sees nor counts."""
+        core, sequence, value = (int(record[name][0]) for name in ("vcpu", "sequence", "value"))
         try:
             with self._keeping_errors():
                 self.recognition.at_lstar(core, value)
         finally:
             self.guest.after_trap()
             self._rings.answer(core, sequence, self._rings.question_registers(core), 0, False)
+            self._answered = True
         self._own_asked += 1
-        rest = records[own + 1 :]
-        return actions | _ASK | (self._take(rest) if len(rest) else 0)
 
-    def _take_alike(self, records: Records, action: int) -> None:
-        """Deals with records of one action."""
+    def _take_action(self, records: Records, action: int, *, alike: bool) -> None:
+        """Deals with records of one action; ``alike``: they are known to be (are_alike)."""
+        if action & _ASK and (records["event"][0] == OWN if len(records) == 1 else (records["event"] == OWN).any()):
+            for number in range(len(records)):
+                one = records[number : number + 1]
+                if one["event"][0] == OWN:
+                    self._ask_itself(one)
+                else:
+                    self._take_action(one, action, alike=True)
+            return
+        if self._own_asked:
+            records["sequence"] -= np.uint64(self._own_asked)
         if action & _TEXT:
             self._print(records)
             return
-        self.summary.add(records)
+        self.summary.add(records, alike=alike)
         if action == _RECORD:
-            self._keep(records)
+            self._keep(records, alike=alike)
             for listener in list(self.record_listeners):
                 with self._keeping_errors():
                     listener(records)
@@ -668,7 +678,12 @@ class Debugger:
                     listener(text)
         self._rings.release_text(records)
 
-    def _keep(self, records: Records) -> None:
+    def _keep(self, records: Records, *, alike: bool) -> None:
+        if alike:
+            event = self.events.get(int(records["event"][0]) - 1)
+            if event is not None and event.recording is not None:
+                event.recording.add(records)
+            return
         for event in self.events:
             if event.recording is not None:
                 mine = records["event"] == event.number + 1

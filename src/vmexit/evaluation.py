@@ -27,15 +27,9 @@ class LiveMachine:
         self._core = debugger.core
 
     def get_register(self, number: int) -> int:
-        """One of the wire's registers; those of script.h beyond them cannot be had from here."""
-        values = self._debugger.target.link.registers(self._core)
-        if number >= len(values):
-            raise VmexitError("this register can only be reached at a trap")
-        return values[number]
+        return self._debugger.target.link.register(self._core, number)
 
     def set_register(self, number: int, value: int) -> None:
-        if number >= wire.REGISTERS:
-            raise VmexitError("this register can only be reached at a trap")
         self._debugger.target.link.set_register(self._core, number, value)
 
     def read(self, physical: bool, address: int, length: int) -> bytes:
@@ -43,6 +37,9 @@ class LiveMachine:
 
     def write(self, physical: bool, address: int, data: bytes) -> None:
         self._debugger.write_memory(self._core, address, data, physical=physical)
+
+    def translate(self, address: int, to_virtual: bool) -> int | None:
+        return self._debugger.target.link.translate(self._core, address, to_virtual=to_virtual)
 
     def short_circuit(self, on: bool) -> None:
         self._debugger.decide(on)

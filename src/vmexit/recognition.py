@@ -22,7 +22,7 @@ OWN = 0
 _NEEDED = Capability.READ | Capability.MEMORY
 _MOST_FAILURES = 4
 _MOST_ASKED = 256
-"""So often the agent asks between two boots. A kernel writes LSTAR once a vCPU, and when it wakes up. A guest that does so all the
+"""So often the agent asks between two boots. A kernel writes LSTAR once a vCPU, and when it wakes up. One that does so all the
 time is not to be slowed down."""
 
 

@@ -9,27 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from vmexit.link import wire
-from vmexit.link.rings import Records, joined
+from vmexit.link.rings import Records, are_alike, joined
 from vmexit.link.wire import Access, Stage
 from vmexit.trap import Trap, traps_of
-
-# Of a record: the MSR and the event in one number, and vCPU, access and stage in another.
-_ALIKE = np.dtype(
-    {
-        "names": ["what", "where"],
-        "formats": ["<u8", "<u4"],
-        "offsets": [wire.offset("record", "msr"), wire.offset("record", "vcpu")],
-        "itemsize": wire.size("record"),
-    }
-)
-
-
-def _are_alike(records: Records) -> bool:
-    """Whether all are of one event, MSR, vCPU, access and stage, as they are where records come fastest."""
-    parts = records.view(_ALIKE)
-    what, where = parts["what"], parts["where"]
-    return bool(what[0] == what[-1] and (what == what[0]).all() and (where == where[0]).all())
 
 
 class Recording:
@@ -105,27 +87,27 @@ class Summary:
         keys |= (records["event"].astype(np.uint64) - np.uint64(1)) << np.uint64(48)
         return keys
 
-    def add(self, records: Records) -> None:
-        """Takes records in, in the global order."""
+    def add(self, records: Records, *, alike: bool = False) -> None:
+        """Takes records in, in the global order. ``alike``: they are known to be (link.rings.are_alike)."""
         self.total += len(records)
+        if alike and len(records) >= _ADDED_AT_ONCE:
+            self._add_waiting()
+            self._add_alike(records)
+            return
         self._waiting.append(records)
         self._waiting_count += len(records)
         if self._waiting_count >= _ADDED_AT_ONCE:
             self._add_waiting()
 
     def _add_waiting(self) -> None:
+        if not self._waiting_count:
+            return
         records = joined(self._waiting)
         self._waiting, self._waiting_count = [], 0
-        if not len(records):
+        if are_alike(records):
+            self._add_alike(records)
             return
         values, sequences = records["value"], records["sequence"]
-        if _are_alike(records):
-            place = int(self._places(self._keys_of(records[:1]))[0])
-            if self._counts[place] == 0:
-                self._firsts[place], self._first_sequences[place] = values[0], sequences[0]
-            self._counts[place] += len(records)
-            self._lasts[place], self._last_sequences[place] = values[-1], sequences[-1]
-            return
         places = self._places(self._keys_of(records))
         fresh = np.flatnonzero(self._counts[places] == 0)
         self._counts += np.bincount(places, minlength=len(self._keys))
@@ -133,6 +115,14 @@ class Summary:
         self._lasts[places], self._last_sequences[places] = values, sequences
         backwards = fresh[::-1]
         self._firsts[places[backwards]], self._first_sequences[places[backwards]] = values[backwards], sequences[backwards]
+
+    def _add_alike(self, records: Records) -> None:
+        first, last = records[0], records[-1]
+        place = int(self._places(self._keys_of(records[:1]))[0])
+        if self._counts[place] == 0:
+            self._firsts[place], self._first_sequences[place] = first["value"], first["sequence"]
+        self._counts[place] += len(records)
+        self._lasts[place], self._last_sequences[place] = last["value"], last["sequence"]
 
     def _places(self, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.intp]:
         """Where the sums of these keys are; makes room for those that are new."""
@@ -156,8 +146,7 @@ class Summary:
 
     def rows(self) -> list[MsrSummary]:
         """A row for each event, stage and MSR; the vCPUs are put together. In the order of events and addresses."""
-        if self._waiting:
-            self._add_waiting()
+        self._add_waiting()
         rows: dict[tuple[int, int, int, int], tuple[MsrSummary, int, int]] = {}
         columns = (self._keys, self._counts, self._firsts, self._lasts, self._first_sequences, self._last_sequences)
         for key, count, first, last, first_sequence, last_sequence in zip(*(column.tolist() for column in columns), strict=True):

@@ -256,7 +256,14 @@ def test_falling_numbers_of_events(host: FakeHost, raw: socket.socket) -> None:
 # ---- the other requests ----
 
 ABOUT_A_VCPU = (
-    *[MessageType.GET_REGISTERS, MessageType.SET_REGISTER, MessageType.READ_VIRTUAL, MessageType.READ_PHYSICAL],
+    *[
+        MessageType.GET_REGISTERS,
+        MessageType.GET_REGISTER,
+        MessageType.SET_REGISTER,
+        MessageType.TRANSLATE,
+        MessageType.READ_VIRTUAL,
+        MessageType.READ_PHYSICAL,
+    ],
     *[MessageType.WRITE_VIRTUAL, MessageType.WRITE_PHYSICAL, MessageType.DECIDE],
 )
 
@@ -282,7 +289,13 @@ def test_a_vcpu_that_there_is_not(host: FakeHost, raw: socket.socket, vcpu: int)
             for argument in (2, 0xFFFFFFFF)
         ],
         *[(kind, 1, b"x") for kind in (MessageType.OVERFLOW, MessageType.HOLD, MessageType.DECIDE, MessageType.SET_REGISTER)],
-        *[(MessageType.SET_REGISTER, number, b"") for number in (wire.REGISTERS, 0xFFFFFFFF)],
+        *[
+            (kind, number, b"")
+            for kind in (MessageType.SET_REGISTER, MessageType.GET_REGISTER)
+            for number in (wire.constant("SCRIPT_REGISTERS"), 0xFFFFFFFF)
+        ],
+        *[(MessageType.TRANSLATE, way, b"") for way in (2, 0xFFFFFFFF)],
+        *[(kind, 0, b"x") for kind in (MessageType.GET_REGISTER, MessageType.TRANSLATE)],
         (MessageType.GET_REGISTERS, 0, b"x"),
         *[(kind, size, b"") for kind in (MessageType.READ_VIRTUAL, MessageType.READ_PHYSICAL) for size in (0, 4097, 0xFFFFFFFF)],
         *[(kind, 1, b"x") for kind in (MessageType.READ_VIRTUAL, MessageType.READ_PHYSICAL)],

@@ -82,13 +82,17 @@ class Played:
 
     def greet_and_agree(self, serial: int, payload: bytes) -> None:
         """The script of a friendly agent."""
-        kind, _, argument, _, _ = self.requests[-1]
+        kind, _, argument, address, _ = self.requests[-1]
         if kind == MessageType.HELLO:
             self.greet(serial)
         elif kind in (MessageType.READ_VIRTUAL, MessageType.READ_PHYSICAL):
             self.send(b"r" * argument, serial=serial)
         elif kind == MessageType.GET_REGISTERS:
             self.send(b"".join(number.to_bytes(8, "little") for number in range(wire.REGISTERS)), serial=serial)
+        elif kind == MessageType.GET_REGISTER:
+            self.send(argument.to_bytes(8, "little"), serial=serial)
+        elif kind == MessageType.TRANSLATE:
+            self.send((address + 1).to_bytes(8, "little"), serial=serial)
         else:
             self.send(serial=serial)
 
@@ -354,6 +358,8 @@ def test_requests_on_the_wire(agent: Played, link: Link) -> None:
     link.decide(3, True)
     link.set_register(1, 17, 2**64 - 1)
     assert link.registers(1) == list(range(wire.REGISTERS))
+    assert link.register(1, 42) == 42
+    assert link.translate(2, 0x1000) == 0x1001 and link.translate(2, 0x1000, to_virtual=True) == 0x1001
     both = b"a" * wire.size("event") + b"b" * wire.size("event")
     assert agent.requests[1:] == [
         (MessageType.EVENTS, 0, 2, 0, both),
@@ -363,6 +369,9 @@ def test_requests_on_the_wire(agent: Played, link: Link) -> None:
         (MessageType.DECIDE, 3, 1, 0, b""),
         (MessageType.SET_REGISTER, 1, 17, 2**64 - 1, b""),
         (MessageType.GET_REGISTERS, 1, 0, 0, b""),
+        (MessageType.GET_REGISTER, 1, 42, 0, b""),
+        (MessageType.TRANSLATE, 2, 0, 0x1000, b""),
+        (MessageType.TRANSLATE, 2, 1, 0x1000, b""),
     ]
 
 

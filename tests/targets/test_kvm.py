@@ -336,6 +336,17 @@ class TestQemu:
 class TestScripts:
     """Scripts run in the vCPU's thread here too."""
 
+    def test_beside_the_machine_they_reach_the_same(self) -> None:
+        with vmm("selfcheck") as (debugger, _, _):
+            seen = 'printf("%llx %llx %llx %llx|", @gdtr, @tr, @dr6, virtual_to_physical($rip));'
+            printed: list[Printed] = []
+            debugger.print_listeners.append(printed.append)
+            debugger.on_msr_write(expected.STAR, script=seen + " pause();")
+            assert debugger.run(timeout=60).reason == StopReason.BREAK
+            there = debugger.evaluate(seen)
+            assert b"".join(each.text for each in printed) == there and not there.endswith(b" 0|")
+            assert debugger.evaluate('@dr0 = 0x1234; @idtr = 0x5000; printf("%x %x", @dr0, @idtr);') == b"1234 5000"
+
     @pytest.mark.parametrize("kind", ["qemu", "vmm"])
     def test_registers_and_memory(self, kind: str) -> None:
         with (

@@ -18,7 +18,7 @@
 #include <unistd.h>
 
 /* Room for records over all rings, in bytes; a ring gets its share as a power of two between the two bounds. */
-enum { RINGS_BYTES = 8 << 20, RING_MOST = 16384, RING_LEAST = 512 };
+enum { RINGS_BYTES = 8 << 20, RING_MOST = 65536, RING_LEAST = 512 };
 /* The same for the text that scripts leave, in words of 8 bytes a ring; the least is twice the longest print. */
 enum { TEXTS_BYTES = 4 << 20, TEXT_MOST = 1 << 17, TEXT_LEAST = 2 * VMEXIT_MAX_PRINT / 8 };
 /* vmexit_event.flags, here only: a script has cleared it. */

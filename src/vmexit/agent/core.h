@@ -57,8 +57,10 @@ struct door {
     void (*enter_thread)(void);
     /* Each of these answers a wire status (VMEXIT_OK, VMEXIT_RUNNING ...). */
     int (*get_registers)(unsigned vcpu, uint64_t *registers);
+    int (*get_register)(unsigned vcpu, unsigned number, uint64_t *value); /* these, or one of script.h */
     int (*set_register)(unsigned vcpu, unsigned number, uint64_t value);
     int (*access_memory)(unsigned vcpu, bool physical, bool write, uint64_t address, void *bytes, uint32_t length);
+    int (*translate)(unsigned vcpu, bool to_virtual, uint64_t address, uint64_t *translated);
     int (*decide)(unsigned vcpu, bool skip);
     /* Lets a machine run that the debugger had halted and can no longer let run itself. */
     void (*resume)(void);

@@ -442,16 +442,30 @@ static int get_registers(unsigned vcpu, uint64_t *registers)
     return VMEXIT_OK;
 }
 
+static int get_register(unsigned vcpu, unsigned number, uint64_t *value)
+{
+    int status;
+    uint64_t values[KVM_REGISTERS];
+    struct cpu *cpu = reachable(vcpu, &status);
+    if (cpu == NULL)
+        return status;
+    if (number >= KVM_REGISTERS || !state_get(cpu, UINT64_C(1) << number, values))
+        return VMEXIT_UNAVAILABLE;
+    *value = values[number];
+    return VMEXIT_OK;
+}
+
 static int set_register(unsigned vcpu, unsigned number, uint64_t value)
 {
     int status;
     struct cpu *cpu = reachable(vcpu, &status);
     if (cpu == NULL || core_is_asking(vcpu)) /* a question's registers go with its answer */
         return cpu ? VMEXIT_RUNNING : status;
-    if (!state_would_take(cpu, number, value))
+    if (number >= KVM_REGISTERS || !state_would_take(cpu, number, value))
         return VMEXIT_UNAVAILABLE;
     state_change(cpu, number, value);
-    hold_follow(vcpu, number, value);
+    if (number < VMEXIT_REGISTERS)
+        hold_follow(vcpu, number, value);
     return VMEXIT_OK;
 }
 
@@ -467,6 +481,20 @@ static int access_memory(unsigned vcpu, bool physical, bool write, uint64_t addr
     if (physical)
         return state_access_memory(write, address, bytes, length) ? VMEXIT_OK : VMEXIT_UNREADABLE;
     bool done = state_get_paging(cpu, &paging) && paging_access(&paging, address, bytes, length, write);
+    return done ? VMEXIT_OK : VMEXIT_UNREADABLE;
+}
+
+static int translate(unsigned vcpu, bool to_virtual, uint64_t address, uint64_t *translated)
+{
+    int status;
+    struct paging paging;
+    if (!state_has_memory())
+        return VMEXIT_UNAVAILABLE;
+    struct cpu *cpu = reachable(vcpu, &status);
+    if (cpu == NULL)
+        return status;
+    bool done = state_get_paging(cpu, &paging) && (to_virtual ? paging_find(&paging, address, PAGING_MANY_TABLES, translated)
+                                                              : paging_translate(&paging, address, translated, NULL));
     return done ? VMEXIT_OK : VMEXIT_UNREADABLE;
 }
 
@@ -487,8 +515,10 @@ static struct door door = {
     .to_virtual = to_virtual,
     .enter_thread = halt_prepare,
     .get_registers = get_registers,
+    .get_register = get_register,
     .set_register = set_register,
     .access_memory = access_memory,
+    .translate = translate,
     .decide = decide,
     .resume = halt_resume,
     .set_events = msrs_want,

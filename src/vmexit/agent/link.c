@@ -159,6 +159,24 @@ static void read_registers(const struct vmexit_message *message)
     answer(status, registers, status == VMEXIT_OK ? sizeof registers : 0, NULL, 0);
 }
 
+static void read_one_register(const struct vmexit_message *message)
+{
+    uint64_t value = 0;
+    int status = VMEXIT_REFUSED;
+    if (message->length == 0 && message->argument < VMEXIT_SCRIPT_REGISTERS)
+        status = core_door()->get_register(message->vcpu, message->argument, &value);
+    answer(status, &value, status == VMEXIT_OK ? sizeof value : 0, NULL, 0);
+}
+
+static void translate(const struct vmexit_message *message)
+{
+    uint64_t translated = 0;
+    int status = VMEXIT_REFUSED;
+    if (message->length == 0 && message->argument <= 1)
+        status = core_door()->translate(message->vcpu, message->argument, message->address, &translated);
+    answer(status, &translated, status == VMEXIT_OK ? sizeof translated : 0, NULL, 0);
+}
+
 static void read_memory(const struct vmexit_message *message)
 {
     uint8_t bytes[VMEXIT_MAX_TRANSFER];
@@ -200,7 +218,7 @@ static int change(const struct vmexit_message *message)
     case VMEXIT_DECIDE:
         return flag ? core_door()->decide(message->vcpu, message->argument) : VMEXIT_REFUSED;
     case VMEXIT_SET_REGISTER:
-        if (!bare || message->argument >= VMEXIT_REGISTERS)
+        if (!bare || message->argument >= VMEXIT_SCRIPT_REGISTERS)
             return VMEXIT_REFUSED;
         return core_door()->set_register(message->vcpu, message->argument, message->address);
     case VMEXIT_ADD_SCRIPT:
@@ -227,6 +245,10 @@ static void serve(size_t received)
         answer(VMEXIT_REFUSED, NULL, 0, NULL, 0);
     } else if (message->type == VMEXIT_GET_REGISTERS) {
         read_registers(message);
+    } else if (message->type == VMEXIT_GET_REGISTER) {
+        read_one_register(message);
+    } else if (message->type == VMEXIT_TRANSLATE) {
+        translate(message);
     } else if (message->type == VMEXIT_READ_VIRTUAL || message->type == VMEXIT_READ_PHYSICAL) {
         read_memory(message);
     } else {

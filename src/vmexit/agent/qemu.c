@@ -261,10 +261,10 @@ static bool segments_are_known(unsigned vcpu, const char *rip)
     static const unsigned selectors[SEGMENTS] = {VMEXIT_ES, VMEXIT_CS, VMEXIT_SS, VMEXIT_DS, VMEXIT_FS, VMEXIT_GS};
     static const unsigned control[5] = {VMEXIT_CR0, 0, VMEXIT_CR2, VMEXIT_CR3, VMEXIT_CR4};
     for (unsigned i = 0; i < SEGMENTS; i++)
-        if ((uint32_t)env_word(rip, ENV_SEGMENTS_BYTE + i * SEGMENT_BYTES) != qemu_read_register(vcpu, selectors[i]))
+        if ((uint32_t)env_word(rip, ENV_SEGMENTS_BYTE + i * SEGMENT_BYTES) != qemu_peek_register(vcpu, selectors[i]))
             return false;
     for (unsigned i = 0; i < 5; i++)
-        if (i != 1 && env_word(rip, ENV_CR_BYTE + i * 8) != qemu_read_register(vcpu, control[i]))
+        if (i != 1 && env_word(rip, ENV_CR_BYTE + i * 8) != qemu_peek_register(vcpu, control[i]))
             return false;
     return true;
 }

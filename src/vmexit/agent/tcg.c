@@ -143,34 +143,34 @@ static bool reach_memory(struct trap *trap, bool physical, bool write, uint64_t 
     return qemu_access_memory(trap->vcpu, physical, write, address, bytes, length);
 }
 
-static bool access_physical(void *trap, uint64_t physical, void *bytes, uint32_t length, bool write)
+static bool access_physical(void *unused, uint64_t physical, void *bytes, uint32_t length, bool write)
 {
-    return qemu_access_memory(((struct trap *)trap)->vcpu, true, write, physical, bytes, length);
+    (void)unused;
+    return qemu_access_memory(0, true, write, physical, bytes, length);
 }
 
-static struct paging page_tables(struct trap *trap)
+/* `place`: where the vCPU is trapped. */
+static bool translate_at(unsigned vcpu, const struct place *place, bool to_virtual, uint64_t address, uint64_t *translated)
 {
-    const struct place *place = trap->place;
-    return (struct paging){
-        .cr0 = read_register(trap->vcpu, place, VMEXIT_CR0),
-        .cr3 = read_register(trap->vcpu, place, VMEXIT_CR3),
-        .cr4 = read_register(trap->vcpu, place, VMEXIT_CR4),
-        .efer = read_register(trap->vcpu, place, VMEXIT_EFER),
+    const struct paging paging = {
+        .cr0 = read_register(vcpu, place, VMEXIT_CR0),
+        .cr3 = read_register(vcpu, place, VMEXIT_CR3),
+        .cr4 = read_register(vcpu, place, VMEXIT_CR4),
+        .efer = read_register(vcpu, place, VMEXIT_EFER),
         .access = access_physical,
-        .context = trap,
     };
+    return to_virtual ? paging_find(&paging, address, PAGING_MANY_TABLES, translated)
+                      : paging_translate(&paging, address, translated, NULL);
 }
 
 static bool to_physical(struct trap *trap, uint64_t address, uint64_t *physical)
 {
-    struct paging paging = page_tables(trap);
-    return paging_translate(&paging, address, physical, NULL);
+    return translate_at(trap->vcpu, trap->place, false, address, physical);
 }
 
 static bool to_virtual(struct trap *trap, uint64_t physical, uint64_t *address)
 {
-    struct paging paging = page_tables(trap);
-    return paging_find(&paging, physical, PAGING_MANY_TABLES, address);
+    return translate_at(trap->vcpu, trap->place, true, physical, address);
 }
 
 static void halt(void)
@@ -186,43 +186,68 @@ static bool is_reachable(unsigned vcpu)
     return vcpu < tcg.vcpu_count && qemu_cpu(vcpu) != NULL && (core_is_asking(vcpu) || !qemu_is_running());
 }
 
-static int get_registers(unsigned vcpu, uint64_t *values)
+/* VMEXIT_OK where this can be done now with this vCPU. */
+static int check_reachable(unsigned vcpu, uint32_t capabilities)
 {
     if (vcpu >= tcg.vcpu_count)
         return VMEXIT_REFUSED;
-    if (!(core_door()->capabilities & VMEXIT_CAN_READ))
+    if (capabilities & ~core_door()->capabilities)
         return VMEXIT_UNAVAILABLE;
-    if (!is_reachable(vcpu))
-        return VMEXIT_RUNNING;
-    for (unsigned number = 0; number < VMEXIT_REGISTERS; number++)
+    return is_reachable(vcpu) ? VMEXIT_OK : VMEXIT_RUNNING;
+}
+
+static int get_registers(unsigned vcpu, uint64_t *values)
+{
+    int status = check_reachable(vcpu, VMEXIT_CAN_READ);
+    for (unsigned number = 0; number < VMEXIT_REGISTERS && status == VMEXIT_OK; number++)
         values[number] = qemu_peek_register(vcpu, number);
+    return status;
+}
+
+static int get_register(unsigned vcpu, unsigned number, uint64_t *value)
+{
+    int status = check_reachable(vcpu, VMEXIT_CAN_READ);
+    if (status != VMEXIT_OK)
+        return status;
+    if (number >= VMEXIT_REGISTERS)
+        return qemu_read_system_register(vcpu, number, value) ? VMEXIT_OK : VMEXIT_UNAVAILABLE;
+    *value = qemu_peek_register(vcpu, number);
     return VMEXIT_OK;
 }
 
 static int set_register(unsigned vcpu, unsigned number, uint64_t value)
 {
-    if (vcpu >= tcg.vcpu_count)
-        return VMEXIT_REFUSED;
-    if (!(core_door()->capabilities & VMEXIT_CAN_MODIFY))
-        return VMEXIT_UNAVAILABLE;
-    if (!is_reachable(vcpu) || core_is_asking(vcpu)) /* a question's registers go with its answer */
+    int status = check_reachable(vcpu, VMEXIT_CAN_MODIFY);
+    if (status != VMEXIT_OK)
+        return status;
+    if (core_is_asking(vcpu)) /* a question's registers go with its answer */
         return VMEXIT_RUNNING;
     qemu_lock();
-    qemu_poke_register(vcpu, number, value);
+    if (number < VMEXIT_REGISTERS)
+        qemu_poke_register(vcpu, number, value);
+    else if (!qemu_write_system_register(vcpu, number, value))
+        status = VMEXIT_UNAVAILABLE;
     qemu_unlock();
-    hold_follow(vcpu, number, value);
-    return VMEXIT_OK;
+    if (number < VMEXIT_REGISTERS)
+        hold_follow(vcpu, number, value);
+    return status;
 }
 
 static int access_memory(unsigned vcpu, bool physical, bool write, uint64_t address, void *bytes, uint32_t length)
 {
-    if (vcpu >= tcg.vcpu_count)
-        return VMEXIT_REFUSED;
-    if (!(core_door()->capabilities & VMEXIT_CAN_MEMORY))
-        return VMEXIT_UNAVAILABLE;
-    if (!is_reachable(vcpu))
-        return VMEXIT_RUNNING;
-    return qemu_access_memory(vcpu, physical, write, address, bytes, length) ? VMEXIT_OK : VMEXIT_UNREADABLE;
+    int status = check_reachable(vcpu, VMEXIT_CAN_MEMORY);
+    if (status == VMEXIT_OK && !qemu_access_memory(vcpu, physical, write, address, bytes, length))
+        return VMEXIT_UNREADABLE;
+    return status;
+}
+
+static int translate(unsigned vcpu, bool to_virtual, uint64_t address, uint64_t *translated)
+{
+    const struct place between_blocks = {0};
+    int status = check_reachable(vcpu, VMEXIT_CAN_MEMORY);
+    if (status == VMEXIT_OK && !translate_at(vcpu, &between_blocks, to_virtual, address, translated))
+        return VMEXIT_UNREADABLE;
+    return status;
 }
 
 static int decide(unsigned vcpu, bool skip) { return hold_decide(vcpu, skip) ? VMEXIT_OK : VMEXIT_REFUSED; }
@@ -260,8 +285,10 @@ static struct door door = {
     .to_physical = to_physical,
     .to_virtual = to_virtual,
     .get_registers = get_registers,
+    .get_register = get_register,
     .set_register = set_register,
     .access_memory = access_memory,
+    .translate = translate,
     .decide = decide,
     .resume = qemu_resume,
     .set_halted = set_halted,

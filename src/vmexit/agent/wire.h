@@ -195,13 +195,15 @@ struct vmexit_shared {
 #define VMEXIT_HOLD 4 /* argument 1: the debugger keeps the machine halted; if the link breaks, the agent resumes it */
 #define VMEXIT_DECIDE 5 /* vcpu, argument 1 or 0: short-circuit the execution that this vCPU is stopped before, or not */
 #define VMEXIT_GET_REGISTERS 6 /* vcpu -> uint64_t[VMEXIT_REGISTERS] */
-#define VMEXIT_SET_REGISTER 7 /* vcpu, argument = register, address = value */
+#define VMEXIT_SET_REGISTER 7 /* vcpu, argument = register (these, or one of script.h), address = value */
 #define VMEXIT_READ_VIRTUAL 8 /* vcpu, address, argument = bytes -> bytes */
 #define VMEXIT_READ_PHYSICAL 9
 #define VMEXIT_WRITE_VIRTUAL 10 /* vcpu, address, bytes behind the header */
 #define VMEXIT_WRITE_PHYSICAL 11
 #define VMEXIT_ADD_SCRIPT 12 /* struct vmexit_script_file, the file attached; forgotten unless the next VMEXIT_EVENTS names it */
 #define VMEXIT_SCRIPT_LIMITS 13 /* address = steps, argument = bytes of the native stack that a run may take */
+#define VMEXIT_GET_REGISTER 16 /* vcpu, argument = register (these, or one of script.h) -> uint64_t */
+#define VMEXIT_TRANSLATE 17 /* vcpu, argument 0: virtual address -> physical, 1: the other way -> uint64_t */
 #define VMEXIT_HALT 32 /* argument 1: halt the machine; 0: let it run. VMEXIT_MACHINE follows when it does */
 /* Notices of the agent, with serial 0. */
 #define VMEXIT_VCPU 64 /* vcpu has come up; its eventfd is attached */

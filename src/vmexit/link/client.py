@@ -239,14 +239,30 @@ class Link:
         """All registers (wire.REGISTERS) of a vCPU of a halted machine, or of one that has asked."""
         return list(struct.unpack(f"<{wire.REGISTERS}Q", self._exchange(MessageType.GET_REGISTERS, vcpu)))
 
+    def register(self, vcpu: int, number: int) -> int:
+        """One of them, or one of script.h's. Raises RequestError (UNAVAILABLE) for one that cannot be reached in this VMM."""
+        return int.from_bytes(self._exchange(MessageType.GET_REGISTER, vcpu, number), "little")
+
     def set_register(self, vcpu: int, number: int, value: int) -> None:
-        """Changes one register of a vCPU of a halted machine."""
+        """Changes one register of a vCPU of a halted machine; by its number as ``register`` takes it."""
         self._exchange(MessageType.SET_REGISTER, vcpu, number, value)
 
     def read_memory(self, vcpu: int, address: int, length: int, *, physical: bool = False) -> bytes:
         """Guest memory, by the page tables of that vCPU. Raises RequestError (UNREADABLE) if any of it is not mapped."""
         kind = MessageType.READ_PHYSICAL if physical else MessageType.READ_VIRTUAL
         return b"".join(self._exchange(kind, vcpu, size, start) for start, size in _chunks(address, length))
+
+    def translate(self, vcpu: int, address: int, *, to_virtual: bool = False) -> int | None:
+        """The physical address of a virtual one by that vCPU's page tables, or the other way; None: it is not mapped.
+
+        Of several virtual addresses the lowest of the upper half of the address space, else the lowest.
+        """
+        try:
+            return int.from_bytes(self._exchange(MessageType.TRANSLATE, vcpu, int(to_virtual), address), "little")
+        except RequestError as error:
+            if error.status != Status.UNREADABLE:
+                raise
+            return None
 
     def write_memory(self, vcpu: int, address: int, data: bytes, *, physical: bool = False) -> None:
         """Changes guest memory, whatever protection its pages have. What lies before an unmapped page is written all the same."""

@@ -13,7 +13,7 @@ from vmexit.script.types import CHAR, LITERAL, Pointer, Type
 
 KEYWORDS = frozenset({"if", "elsif", "else", "while", "do", "for", "break", "continue", "return", "sizeof", "struct", "typedef"})
 
-# Registers that HyperDbg's language has and the wire does not (yet).
+# Those of script.h, which are asked for one at a time.
 _ONLY_HERE = ("gdtr", "idtr", "ldtr", "tr", "dr0", "dr1", "dr2", "dr3", "dr6", "dr7")
 # Names that only work behind an @, because HyperDbg does not have them: a variable may be called so.
 _ONLY_WITH_SIGN = frozenset({"fs_base", "gs_base", "kernel_gs_base", "efer"} | {f"r{number}b" for number in range(8, 16)})

@@ -115,6 +115,7 @@ class Live(Protocol):
     def set_register(self, number: int, value: int) -> None: ...
     def read(self, physical: bool, address: int, length: int) -> bytes: ...
     def write(self, physical: bool, address: int, data: bytes) -> None: ...
+    def translate(self, address: int, to_virtual: bool) -> int | None: ...
     def short_circuit(self, on: bool) -> None: ...
     def change_event(self, state: int, event: int) -> None: ...
     def pause(self) -> None: ...
@@ -266,6 +267,21 @@ class _Run:
                 ffi.memmove(data, live.read(bool(physical), address, length), length)
             return 0
 
+        def translate(address: int, translated: Any, *, to_virtual: bool) -> int:
+            try:
+                found = live.translate(address, to_virtual)
+            except VmexitError as error:
+                self.failed = self.failed or error  # not to be taken for an address that is not mapped
+                raise
+            translated[0] = found or 0
+            return constant("FAULT_READ") if found is None else 0
+
+        def to_physical(_: Any, address: int, physical: Any) -> int:
+            return translate(address, physical, to_virtual=False)
+
+        def to_virtual(_: Any, physical: int, address: Any) -> int:
+            return translate(physical, address, to_virtual=True)
+
         def short_circuit(_: Any, on: int) -> int:
             live.short_circuit(bool(on))
             return 0
@@ -284,6 +300,8 @@ class _Run:
             "get_register": (get_register, "REGISTER"),
             "set_register": (set_register, "REGISTER"),
             "memory": (memory, "READ"),
+            "to_physical": (to_physical, "READ"),
+            "to_virtual": (to_virtual, "READ"),
             "short_circuit": (short_circuit, "MACHINE"),
             "event": (event, "EVENT"),
             "pause": (pause, "MACHINE"),

@@ -326,7 +326,10 @@ def test_a_real_kernel_is_recognised_again_after_a_reboot() -> None:
 def test_a_real_kernel_is_recognised_again_after_kexec(tmp_path: Path) -> None:
     """No reset comes in between, and the first kernel's memory may still be what it was."""
     program = tmp_path / "kexec"
-    subprocess.run(["gcc", "-Os", "-static", "-nostdlib", "-o", program, KEXEC], check=True)
+    subprocess.run(
+        ["gcc", "-O1", "-ffreestanding", "-fno-tree-loop-distribute-patterns", "-static", "-nostdlib", "-o", program, KEXEC],
+        check=True,
+    )
     commands = "kexec /vmlinuz 'console=ttyS0 quiet nokaslr panic=-1'; echo \"kexec=$?\""
     arguments = linux_arguments(commands, vcpus=1, files={"bin/kexec": program, "vmlinuz": find_kernel().image})
     first, second = recognised(arguments, 2)

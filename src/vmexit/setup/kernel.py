@@ -31,6 +31,8 @@ BACKPORTS = "backports"
 MODULES = ("msr",)
 """The kernel modules that are copied out of the package along with the image, without their .ko."""
 
+_KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+"""Debian's own keys (package debian-archive-keyring)."""
 _OWN = f"or name a kernel of your own with {VARIABLE}=path"
 _IMAGE_MEMBER = re.compile(r"(?:\./)?boot/vmlinuz-(?P<release>[^/]+)")
 _MODULE_MEMBER = re.compile(rf"(?:\./)?(?:usr/)?lib/modules/[^/]+/.*/(?P<name>{'|'.join(MODULES)})\.ko(?P<packing>\.xz)?")
@@ -164,6 +166,8 @@ def _download(folder: Path, pocket: str = "") -> Kernel:
             reached = apt.update()
             if not reached:
                 complaint = apt.complaint
+                if pocket:
+                    _give_up(f"cannot download a kernel of Debian's {pocket}: {complaint}")
             package = apt.resolve()
             if package is None and not reached:
                 _give_up(f"cannot download Debian's kernel (no network?): {complaint}")
@@ -270,19 +274,18 @@ class _Apt:
         return self._run("apt-get", "update", "-q", "-o", "APT::Update::Error-Mode=any") is not None
 
     def _use_pocket(self) -> bool:
-        """Have APT use nothing but the pocket, from where and signed as what this machine has of Debian itself."""
-        wanted = "$(CODENAME) $(REPO_URI) $(SIGNED_BY)"
+        """Have APT use nothing but the pocket, from where this machine has Debian itself."""
         filters = ("Created-By: Packages", "Component: main", "Origin: Debian", "Label: Debian")
         with_own_lists, self._options = self._options, self._options[:-4]
-        output = self._run("apt-get", "indextargets", "--format", wanted, *filters) or ""
+        output = self._run("apt-get", "indextargets", "--format", "$(CODENAME) $(REPO_URI)", *filters) or ""
         self._options = with_own_lists
         # "bookworm-updates" and the like are pockets themselves.
-        found = [words for line in output.splitlines() if len(words := line.split()) >= 2 and "-" not in words[0]]
+        found = [words for line in output.splitlines() if len(words := line.split()) == 2 and "-" not in words[0]]
         if not found:
             self.complaint = f"the APT sources here name no Debian whose {self._pocket} there could be"
             return False
-        codename, address, *key = found[0]
-        options = f"[signed-by={key[0]}] " if key else ""
+        codename, address = found[0]
+        options = f"[signed-by={_KEYRING}] " if _KEYRING.exists() else ""
         source = self.work / "source.list"
         source.write_text(f"deb {options}{address} {codename}-{self._pocket} main\n")
         self._options += ["-o", f"Dir::Etc::SourceList={source}", "-o", "Dir::Etc::SourceParts=-"]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.commands.fakes import FakeDriver, Typist, linux_guest
@@ -23,6 +24,7 @@ from vmexit.guest.linux.processes import Task
 from vmexit.guest.linux.recognise import Help, NotRecognisedError
 from vmexit.guest_view import GuestView
 from vmexit.link.client import RequestError
+from vmexit.script.errors import UnknownGuestError
 from vmexit.setup.kernel import Kernel, find_kernel
 from vmexit.targets.qemu import Qemu
 
@@ -261,6 +263,44 @@ def typist() -> Iterator[Typist]:
     typist = Typist()
     yield typist
     typist.close()
+
+
+def test_names_while_the_guest_runs_are_those_of_the_last_stop(typist: Typist) -> None:
+    typist.boot(linux_guest())
+    view, names = typist.debugger.guest, typist.debugger.names
+    kernel = linux_guest().address(0x2002)
+    inside = view.linux.address_of("msr!msr_open")
+    assert inside is not None
+    view.reset()
+    assert view.known_name(kernel) is None and names.of(kernel) == ""
+    linux = view.linux
+    typist.types("g")
+    assert names.of(kernel) == "native_write_msr+0x2 [kernel]" == str(view.known_name(kernel))
+    assert names.of(inside) == names.of(0x1000) == "" and view.symbol("msr!msr_open") is None
+    typist.types("pause")
+    linux.forget()
+    assert [module.name for module in linux.modules] == ["msr"]
+    typist.types("g")
+    assert re.fullmatch(r"msr\+0x[0-9a-f]+ \[msr\]", names.of(inside))  # nothing has asked for its symbols
+    typist.types("pause")
+    typist.debugger.recognition.at_stop()
+    typist.types("g")
+    assert names.of(inside).startswith("msr_open") and view.symbol("msr!msr_open") == view.symbol("msr_open") != 0
+    assert view.symbol("schedule") is None and view.symbol("not a name") is None
+    view.reset()
+    assert names.of(kernel) == names.of(inside) == ""
+    with pytest.raises(UnknownGuestError, match=r"^the guest is not recognised yet$"):
+        view.symbol("msr_open")
+
+
+def test_many_names_at_once(typist: Typist) -> None:
+    typist.boot(linux_guest())
+    typist.types("guest")
+    names = typist.debugger.names
+    first, second = (linux_guest().address(offset) for offset in (0x2002, 0x2042))
+    for addresses in ([first] * 3, [second, 0, first, second]):
+        texts, which = names.of_all(np.array(addresses, np.uint64))
+        assert [texts[index] for index in which] == [names.of(address) for address in addresses]
 
 
 def test_it_is_looked_at_anew_at_each_stop(typist: Typist) -> None:

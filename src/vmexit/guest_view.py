@@ -231,7 +231,7 @@ class GuestView:
         try:
             return self.linux.address_of(name)
         except NotRecognisedError as error:
-            raise UnknownGuestError(str(error)) from None
+            raise UnknownGuestError(f"the guest is not recognised yet: {error.reason}") from None
         except VmexitError:
             raise UnknownGuestError("the guest is not recognised yet") from None
 

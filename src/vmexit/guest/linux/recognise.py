@@ -26,6 +26,7 @@ class NotRecognisedError(VmexitError):
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"the guest is not known: {reason}")
+        self.reason = reason
 
     remarks: tuple[str, ...] = ()
     """What was wrong with the help that was given; a line each."""

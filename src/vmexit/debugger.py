@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Literal
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from vmexit.events.event import Callback, Event
 from vmexit.events.msrs import UNNAMED_READS, UNNAMED_WRITES, MsrSet
 from vmexit.events.table import EventTable
 from vmexit.guest.disassembly import Mode, mode_of
+from vmexit.guest.linux.recipe import Recipe
 from vmexit.guest_view import GuestView
 from vmexit.link.client import RequestError
 from vmexit.link.rings import Records, are_alike
@@ -26,6 +28,7 @@ from vmexit.link.wire import Access, Action, Stage, Status
 from vmexit.msr import address_of
 from vmexit.names import Names
 from vmexit.prints import Printed, printed
+from vmexit.processes import ThreadNames
 from vmexit.program import Program, check
 from vmexit.recognition import OWN, Recognition
 from vmexit.recording import Recording, Summary
@@ -133,6 +136,10 @@ class Debugger:
         self.script_steps = DEFAULT_STEPS
         self.script_stack = DEFAULT_STACK
         """What a run may take; see set_script_limits."""
+        self.attached: int | None = None
+        """The process that events are about which are made without naming one; None: all of them."""
+        self.thread_names = ThreadNames()
+        """Of the guest's threads that traps have named."""
         self.started_ns: int | None = None
         """When the machine first ran, by the clock of Trap.time_ns; None: it has not."""
         self.overflow = Overflow.DROP if target.only_looks else Overflow.WAIT
@@ -196,21 +203,26 @@ class Debugger:
         callback: Callback | None = None,
         *,
         core: int | None = None,
+        pid: int | Literal["all"] | None = None,
         stage: Stage = Stage.PRE,
         script: str | CompiledScript | None = None,
         short_circuit: bool = False,
         immediate: bool = False,
+        with_process: bool = False,
         keep: int = _KEPT,
     ) -> Event:
         """Traps WRMSR: calls ``callback`` with each, runs ``script`` at each, or both; else records it.
 
         ``msr``: one address, a name ("LSTAR"), a range of addresses, or None for all but those that are written all the time
-        (events.msrs). ``core``: a vCPU's index, None for all. ``script``: text of the script language, which runs in the
-        vCPU's thread, before the callback; what it prints goes to ``print_listeners``. ``keep``: so many of the newest records
-        stay in ``event.recording``; none with a callback or script. Raises VmexitError where it cannot be, ScriptError (one of
-        these) for a script that does not compile.
+        (events.msrs). ``core``: a vCPU's index, None for all. ``pid``: a process of the guest's; None for the attached one, where
+        there is one, else all. ``script``: text of the script language, which runs in the vCPU's thread, before the callback;
+        what it prints goes to ``print_listeners``. ``with_process``: records tell process and thread (Trap.pid). ``keep``: so
+        many of the newest records stay in ``event.recording``; none with a callback or script. Raises VmexitError where it
+        cannot be, ScriptError (one of these) for a script that does not compile.
         """
-        return self._on_access(Access.WRMSR, msr, callback, core, stage, script, short_circuit, immediate, keep)
+        return self._on_access(
+            Access.WRMSR, msr, callback, core, pid, stage, script, short_circuit, immediate, with_process, keep
+        )
 
     def on_msr_read(
         self,
@@ -218,14 +230,18 @@ class Debugger:
         callback: Callback | None = None,
         *,
         core: int | None = None,
+        pid: int | Literal["all"] | None = None,
         stage: Stage = Stage.PRE,
         script: str | CompiledScript | None = None,
         short_circuit: bool = False,
         immediate: bool = False,
+        with_process: bool = False,
         keep: int = _KEPT,
     ) -> Event:
         """Traps RDMSR; as on_msr_write. What was read is to be seen, and changed, in Stage.POST."""
-        return self._on_access(Access.RDMSR, msr, callback, core, stage, script, short_circuit, immediate, keep)
+        return self._on_access(
+            Access.RDMSR, msr, callback, core, pid, stage, script, short_circuit, immediate, with_process, keep
+        )
 
     def _on_access(
         self,
@@ -233,10 +249,12 @@ class Debugger:
         msr: int | str | range | None,
         callback: Callback | None,
         core: int | None,
+        pid: int | Literal["all"] | None,
         stage: Stage,
         script: str | CompiledScript | None,
         short_circuit: bool,
         immediate: bool,
+        with_process: bool,
         keep: int,
     ) -> Event:
         if isinstance(script, str):
@@ -255,6 +273,8 @@ class Debugger:
                 msrs=msrs,
                 stage=stage,
                 core=core,
+                process=self.attached if pid is None else None if pid == "all" else pid,
+                with_process=with_process,
                 action=action or Action.RECORD,
                 callback=callback,
                 script=script,
@@ -341,6 +361,17 @@ class Debugger:
         if self._evaluating is None:
             self._evaluating = Runtime()
         return self._evaluating
+
+    @property
+    def knows_processes(self) -> bool:
+        """Whether traps can tell which process of the guest executes them; until then events about one process wait."""
+        return self._program.knows_processes or (self.target.only_looks is not None and self.target.only_looks.names_processes)
+
+    def set_recipe(self, recipe: Recipe | None) -> None:
+        """Says how to find the guest's current thread at a trap, or that this is not known any more (guest_view does)."""
+        with self.lock:
+            if self.state != State.ENDED and self.target.only_looks is None:
+                self._program.set_recipe(recipe)
 
     def sync_events(self) -> None:
         """Takes over what scripts have made of the events (event_enable, event_disable, event_clear); ``pump`` does so, too."""
@@ -653,6 +684,9 @@ class Debugger:
             records["sequence"] -= np.uint64(self._own_asked)
         if action & _TEXT:
             self._print(records)
+            return
+        if action == Action.NAME:
+            self.thread_names.learn(records, self._rings)
             return
         self.summary.add(records, alike=alike)
         if action == _RECORD:

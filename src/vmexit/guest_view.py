@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping
 from itertools import islice
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from vmexit.errors import VmexitError
 from vmexit.guest.linux.cache import Cache
 from vmexit.guest.linux.processes import Task
+from vmexit.guest.linux.profile import ProfileError
 from vmexit.guest.linux.recipe import is_kernel_pointer
 from vmexit.guest.linux.recognise import Help, NotRecognisedError, Recognised, recognise
 from vmexit.guest.linux.running import Linux
@@ -96,6 +98,15 @@ class GuestView:
     def reset(self) -> None:
         """Another system may be running now: it is recognised anew when it is next asked for."""
         self._found = self._failed = self._stacks = None
+        self._debugger.set_recipe(None)
+
+    def _tell_agent(self) -> None:
+        """Has the agent know which process runs, as soon as the kernel has come so far that it can be known."""
+        recipe = None
+        if self._found is not None:
+            with contextlib.suppress(ProfileError):
+                recipe = self._found.linux.recipe
+        self._debugger.set_recipe(recipe)
 
     def forget(self) -> None:
         """Memory has changed: nothing of it that was read before counts any more."""
@@ -127,13 +138,15 @@ class GuestView:
 
         ``lstar``: what the guest has just given, or is about to give, IA32_LSTAR; its kernel is complete by then.
         """
-        self.reset()
+        self._found = self._failed = self._stacks = None
         self._read_at = self._now
         try:
             self._found = recognise(self._machine, self._core(core), given=self._given, lstar=lstar, cache=self._cache)
         except NotRecognisedError as error:
             self._failed = error
             raise
+        finally:
+            self._tell_agent()
         self._stacks = Stacks(self._found.linux)
         return self._found
 
@@ -147,6 +160,7 @@ class GuestView:
         self.forget()
         before = self._found
         if before is not None and before.linux.is_entered_at(lstar) and before.linux.is_still_there():
+            self._tell_agent()
             return None
         try:
             found = self.recognise(core, lstar=lstar)
@@ -184,6 +198,8 @@ class GuestView:
                 return self._found
             self._found.linux.forget()
             if self._found.linux.is_still_there():
+                if not self._debugger.knows_processes:
+                    self._tell_agent()
                 return self._found
         elif self._failed is not None and not is_new:
             raise self._failed

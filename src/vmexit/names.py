@@ -34,8 +34,13 @@ class Names:
         text = self._texts.get(address)
         if text is None:
             place = guest.known_name(address)
-            text = self._texts[address] = str(place) if place else ""
+            text = self._texts[address] = _ascii(str(place)) if place else ""
         return text
+
+    def thread(self, pid: int, tid: int) -> str:
+        """A thread by the numbers in a record: "pid 5e tid 5f worker"; its name as far as it was told."""
+        name = self._debugger.thread_names.get(pid, tid)
+        return f"pid {pid:x}{f' tid {tid:x}' if tid != pid else ''}{f' {_ascii(name)}' if name else ''}"
 
     def of_all(self, addresses: npt.NDArray[np.uint64]) -> tuple[list[str], npt.NDArray[np.intp]]:
         """The different names of one address or more, and which of them each has."""
@@ -44,3 +49,8 @@ class Names:
             return [self.of(int(addresses[0]))], np.zeros(len(addresses), np.intp)
         unique, which = np.unique(addresses, return_inverse=True)
         return [self.of(address) for address in unique.tolist()], which
+
+
+def _ascii(text: str) -> str:
+    """With nothing in it that is more than one byte in a table of lines."""
+    return text if text.isascii() else text.encode("ascii", "backslashreplace").decode()

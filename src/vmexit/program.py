@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from vmexit.errors import LinkError, VmexitError
 from vmexit.events.event import Event, EventError
 from vmexit.events.table import EventTable
+from vmexit.guest.linux.recipe import Recipe
 from vmexit.link import wire
 from vmexit.link.client import Link, RequestError
 from vmexit.link.wire import Action, Capability, EventFlag, EventState, Stage, Status
+from vmexit.processes import pack
 from vmexit.script.compile import CompiledScript
 from vmexit.script.runtime import sealed_file
 from vmexit.targets.base import OnlyLooks, Untrappable
@@ -24,6 +26,7 @@ _NEEDS = {
     Capability.BREAK: ("breaking", ""),
     Capability.READ: ("a callback", "script"),
     Capability.MODIFY: ("a script", "script"),
+    Capability.MEMORY: ("'pid'", "pid"),
 }
 
 
@@ -40,6 +43,8 @@ def needed(event: Event) -> Capability:
         capabilities |= Capability.READ
     if event.action & Action.SCRIPT:
         capabilities |= Capability.MODIFY
+    if event.process is not None:
+        capabilities |= Capability.MEMORY
     return capabilities
 
 
@@ -53,10 +58,10 @@ def check(
 ) -> None:
     """Raises VmexitError, with the reason, for an event that this machine cannot run; EventError where one option is to blame."""
     missing = needed(event) & ~capabilities
+    if only_looks is not None and only_looks.names_processes:
+        missing &= ~Capability.MEMORY
     if only_looks is not None and event.stage & Stage.PRE:
         raise EventError("stage", f"stage pre is not possible here: {only_looks.reason}")
-    if event.process is not None and (only_looks is None or not only_looks.names_processes):
-        raise EventError("pid", "'pid' is not yet available")
     for capability, (what, option) in _NEEDS.items():
         if missing & capability and only_looks is not None:
             hint = "; 'log' prints each access" if capability == Capability.BREAK else ""
@@ -88,6 +93,8 @@ def lower(event: Event, script: int = 0) -> bytes:
         flags |= EventFlag.SHORT_CIRCUIT
     if event.immediate:
         flags |= EventFlag.IMMEDIATE
+    if event.with_process or (event.script is not None and event.script.asks_process):
+        flags |= EventFlag.WITH_PROCESS
     return wire.pack(
         "event",
         id=event.number + 1,  # the wire's 0 means none
@@ -117,6 +124,19 @@ class Program:
         self._numbers: dict[CompiledScript, int] = {}
         self._there: set[int] = set()
         self._changes = 0
+        self._recipe = b""
+
+    @property
+    def knows_processes(self) -> bool:
+        """Whether the agent can find out which process runs."""
+        return bool(self._recipe)
+
+    def set_recipe(self, recipe: Recipe | None) -> None:
+        """Gives the agent the way to the current thread, or takes it back. Raises VmexitError where it does not take it."""
+        packed = pack(recipe) if recipe is not None else b""
+        if packed != self._recipe:
+            self._link.set_recipe(packed)
+            self._recipe = packed
 
     def push(self) -> None:
         """Makes the agent's events those of the table, from the next instruction on. Raises LinkError."""

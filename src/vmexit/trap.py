@@ -50,6 +50,10 @@ class Trap(NamedTuple):
     flags: RecordFlag
     length: int
     """Of the instruction, in bytes."""
+    pid: int = 0
+    """The guest's number of the process that executed it, where that is known (RecordFlag.PROCESS_KNOWN); else 0."""
+    tid: int = 0
+    """Of the thread."""
 
     @property
     def skipped(self) -> bool:
@@ -57,8 +61,11 @@ class Trap(NamedTuple):
         return self.flags in _SKIPPED
 
 
-# The fields of a record that make a trap: the first ones.
-_NAMES = (RECORD.names or ())[: len(Trap._fields)]
+# The fields of a record that make a trap.
+_NAMES = (
+    *("sequence", "time_ns", "rip", "rsp", "value", "msr", "event", "vcpu", "access", "stage", "action", "flags", "length"),
+    *("process", "thread"),
+)
 _FIELDS = np.dtype(
     {
         "names": _NAMES,
@@ -71,7 +78,8 @@ _FIELDS = np.dtype(
 
 def traps_of(records: Records) -> Iterator[Trap]:
     """The traps that records of the wire stand for."""
-    for sequence, time, rip, rsp, value, msr, event, core, access, stage, action, flags, length in records.view(_FIELDS).tolist():
+    for each in records.view(_FIELDS).tolist():
+        sequence, time, rip, rsp, value, msr, event, core, access, stage, action, flags, length, pid, tid = each
         yield Trap(
             sequence,
             time,
@@ -86,6 +94,8 @@ def traps_of(records: Records) -> Iterator[Trap]:
             _ACTION[action],
             _FLAGS[flags],
             length,
+            pid,
+            tid,
         )
 
 

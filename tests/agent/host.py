@@ -75,6 +75,7 @@ def event(
     flags: EventFlag = PLAIN,
     enabled: bool = True,
     core: int = wire.ALL_CORES,
+    process: int = wire.ALL_PROCESSES,
     script: int = 0,
 ) -> bytes:
     """A packed event; without ranges it is about every MSR."""
@@ -88,6 +89,7 @@ def event(
         actions=int(actions),
         flags=int(flags | (EventFlag.ENABLED if enabled else 0)),
         core=core,
+        process=process,
         script=script,
         range_count=len(ranges),
         ranges=[{"first": first, "last": last} for first, last in ranges],

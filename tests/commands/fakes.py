@@ -122,6 +122,7 @@ class FakeLink:
         self.scripts: list[int] = []
         self.limits = (0, 0)
         self.drop = False
+        self.recipes: list[bytes] = []
         self.decided: list[tuple[int, bool]] = []
         self.values = [dict.fromkeys(range(wire.REGISTERS), 0) for _ in range(target.vcpus)]
         self.pages: dict[tuple[bool, int], bytes] = {}
@@ -150,6 +151,9 @@ class FakeLink:
 
     def set_overflow(self, drop: bool) -> None:
         self.drop = drop
+
+    def set_recipe(self, recipe: bytes) -> None:
+        self.recipes.append(recipe)
 
     def decide(self, vcpu: int, skip: bool) -> None:
         self._check_halted()

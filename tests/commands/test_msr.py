@@ -243,8 +243,6 @@ def test_what_is_wrong_is_marked(typist: Typist, line: str, shown: str) -> None:
 @pytest.mark.parametrize(
     ("rest", "marked"),
     [
-        ("pid 4", "pid 4"),
-        ("log pid 0n4 core 1", "pid 0n4"),
         ("output { one, two }", "output { one, two }"),
     ],
 )

@@ -89,6 +89,7 @@ def test_status(typist: Typist) -> None:
             "machine  FakeMachine 1.0, 2 cores\n"
             "state    halted: before its first instruction; current core 0\n"
             "agent    through tcg, QEMU plugin interface 1; can record, read, modify, skip, post, break, memory, memory write\n"
+            "process  none is attached; those that run here are not known\n"
             "events   2, of which 1 enabled\n"
             "records  0; 1,234 dropped, 7 waits for room (overflow wait)"
         )

@@ -222,6 +222,8 @@ static struct table *make_table(const struct vmexit_event *events, size_t count)
     table->apart = has_own ? events[0].ranges[0].first : UINT64_MAX;
     table->quick_half = is_quick(events, count) ? (int64_t)(core.half_mask - count) : -1;
     table->quick_used = core.ring_mask + 1 - count;
+    for (size_t i = 0; i < count; i++)
+        table->asks_for_task |= event_asks_for_task(&events[i]);
     struct rule *rule = table->rules = (struct rule *)(table->events + count);
     for (size_t i = 0; i < count; i++) {
         const struct vmexit_event *event = &events[i];
@@ -236,6 +238,8 @@ static struct table *make_table(const struct vmexit_event *events, size_t count)
                 .slot = event->slot,
                 .access = event->access,
                 .others = (uint16_t)(event->range_count - 1 - r),
+                .process = event->process,
+                .asks_for_task = event_asks_for_task(event),
             };
     }
     table->rules_end = rule;
@@ -255,7 +259,7 @@ static bool event_is_sound(const struct vmexit_event *event, const struct vmexit
         return false;
     if (event->actions == 0 || event->actions > (VMEXIT_RECORD | VMEXIT_ASK | VMEXIT_BREAK | VMEXIT_SCRIPT))
         return false;
-    if (event->flags > (VMEXIT_ENABLED | VMEXIT_SHORT_CIRCUIT | VMEXIT_IMMEDIATE))
+    if (event->flags > (VMEXIT_ENABLED | VMEXIT_SHORT_CIRCUIT | VMEXIT_IMMEDIATE | VMEXIT_WITH_PROCESS))
         return false;
     if (event->range_count == 0 || event->range_count > VMEXIT_MAX_RANGES)
         return false;
@@ -270,7 +274,8 @@ static uint32_t needed_capabilities(const struct vmexit_event *event)
     return VMEXIT_CAN_RECORD | (event->stages & VMEXIT_POST ? VMEXIT_CAN_POST : 0) |
            (event->actions & VMEXIT_ASK ? VMEXIT_CAN_READ : 0) | (event->actions & VMEXIT_BREAK ? VMEXIT_CAN_BREAK : 0) |
            (event->actions & VMEXIT_SCRIPT ? VMEXIT_CAN_READ | VMEXIT_CAN_MODIFY : 0) |
-           (event->flags & VMEXIT_SHORT_CIRCUIT ? VMEXIT_CAN_SKIP : 0);
+           (event->flags & VMEXIT_SHORT_CIRCUIT ? VMEXIT_CAN_SKIP : 0) |
+           (event->process != VMEXIT_ALL_PROCESSES ? VMEXIT_CAN_READ | VMEXIT_CAN_MEMORY : 0);
 }
 
 /* Atomically where it is read at the same time. */
@@ -480,6 +485,13 @@ static bool write_text(struct vcpu *vcpu, const struct vmexit_text *text)
 
 static bool is_droppable(unsigned action) { return !(action & (VMEXIT_ASK | VMEXIT_BREAK)); }
 
+const struct task *trap_task(struct trap *trap)
+{
+    if (trap->task == NULL)
+        trap->task = task_now(trap->vcpu, trap->rsp);
+    return trap->task;
+}
+
 /* Writes one record, and text with it if there is any, and gives its sequence number; UINT64_MAX where it was dropped or the debugger
  * is gone. What the debugger must answer or show (a question, a break) waits for room under every policy. */
 static uint64_t publish(struct trap *trap, struct vcpu *vcpu, const struct vmexit_event *event, unsigned action, unsigned flags,
@@ -515,6 +527,10 @@ static uint64_t publish(struct trap *trap, struct vcpu *vcpu, const struct vmexi
         .script = text ? event->script : 0,
         .text = text ? text_at : 0,
     };
+    if (action == VMEXIT_NAME)
+        vcpu->records[head & core.ring_mask].value = task_number(trap->task);
+    else if (text == NULL && event_asks_for_task(event))
+        set_task(&vcpu->records[head & core.ring_mask], trap_task(trap));
     if (action == VMEXIT_ASK)
         __atomic_store_n(&ring->question.asked, sequence + 1, __ATOMIC_RELEASE);
     __atomic_store_n(&ring->head, head + 1, __ATOMIC_RELEASE);
@@ -525,6 +541,21 @@ static uint64_t publish(struct trap *trap, struct vcpu *vcpu, const struct vmexi
     if (urgent || full || ((head + 1) & core.half_mask) == 0)
         wake_debugger();
     return sequence;
+}
+
+/* Before the first record of a thread by that name. */
+static void tell_name(struct trap *trap, struct vcpu *vcpu, const struct vmexit_event *event)
+{
+    const struct task *task = trap_task(trap);
+    struct {
+        struct vmexit_text header;
+        char name[VMEXIT_NAME_BYTES];
+    } text = {.header.size = sizeof text};
+    if (!task->is_known || task->is_told)
+        return;
+    memcpy(text.name, task->name, sizeof text.name);
+    if (publish(trap, vcpu, event, VMEXIT_NAME, 0, &text.header) != UINT64_MAX)
+        task_told(trap->vcpu);
 }
 
 bool core_leave_text(struct trap *trap, const struct vmexit_event *event, unsigned action, const struct vmexit_text *text)
@@ -623,10 +654,11 @@ static bool has_msr(const struct vmexit_event *event, uint32_t msr)
     return false;
 }
 
-static bool matches(const struct vmexit_event *event, const struct trap *trap, unsigned stage)
+static bool matches(const struct vmexit_event *event, struct trap *trap, unsigned stage)
 {
     return (flags_of(event) & VMEXIT_ENABLED) && (event->access & trap->access) && (event->stages & stage) &&
-           (event->core == VMEXIT_ALL_CORES || event->core == trap->vcpu) && has_msr(event, trap->msr);
+           (event->core == VMEXIT_ALL_CORES || event->core == trap->vcpu) && has_msr(event, trap->msr) &&
+           (event->process == VMEXIT_ALL_PROCESSES || task_is_of(trap_task(trap), event->process));
 }
 
 /* True: the machine has to halt. */
@@ -636,6 +668,8 @@ static bool act(struct trap *trap, struct vcpu *vcpu, const struct table *table,
     uint64_t *hits = &vcpu->ring->hits[event->slot];
     __atomic_store_n(hits, *hits + 1, __ATOMIC_RELAXED);
     unsigned flags = progress->skip ? VMEXIT_SKIPPED : 0;
+    if (event_asks_for_task(event) && event->actions != VMEXIT_SCRIPT)
+        tell_name(trap, vcpu, event);
     if (event->actions & VMEXIT_RECORD)
         publish(trap, vcpu, event, VMEXIT_RECORD, flags, NULL);
     bool halt = event->actions & VMEXIT_BREAK;
@@ -723,6 +757,7 @@ uint64_t core_attach(void)
             .text_tail = core.vcpus[i].text_head,
         };
     scripts_begin_session();
+    tasks_begin_session();
     clock_calibrate();
     __atomic_fetch_add(&core.session, 1, __ATOMIC_SEQ_CST);
     return __atomic_load_n(&core.sequence, __ATOMIC_SEQ_CST);

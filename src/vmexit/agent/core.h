@@ -6,6 +6,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "task.h"
 #include "wire.h"
 
 /* A vCPU thread stopped at (stage pre) or right after (stage post) a WRMSR or RDMSR. Lives on that thread's stack. */
@@ -22,6 +23,7 @@ struct trap {
     uint64_t rsp;
     uint32_t msr; /* ECX */
     uint64_t value; /* EDX:EAX */
+    const struct task *task; /* what runs, once somebody has asked */
 };
 
 /* How far the events of the pre stage have come with one execution of one instruction; survives a break in between. */
@@ -52,6 +54,14 @@ struct door {
     bool (*reach_memory)(struct trap *trap, bool physical, bool write, uint64_t address, void *bytes, uint32_t length);
     bool (*to_physical)(struct trap *trap, uint64_t address, uint64_t *physical);
     bool (*to_virtual)(struct trap *trap, uint64_t physical, uint64_t *address);
+
+    /* For the way to the current thread (task.h), on the vCPU's own thread at a trap. What GS leads to; KERNEL_GS_BASE, which is asked for
+     * seldom; where a page of physical memory is in this process, if it may be read there until tasks_forget_memory (null: it may not); and
+     * reading memory in any other way. All null: this door knows no way. */
+    bool (*get_task_registers)(unsigned vcpu, struct task_registers *registers);
+    bool (*get_kernel_gs_base)(unsigned vcpu, uint64_t *base);
+    const uint8_t *(*find_page)(uint64_t physical);
+    bool (*read_physical)(uint64_t physical, void *bytes, uint32_t length);
 
     /* The link's thread has begun. */
     void (*enter_thread)(void);
@@ -111,6 +121,9 @@ void trap_follow(struct trap *trap, const uint64_t *registers, uint32_t changed)
 bool core_leave_text(struct trap *trap, const struct vmexit_event *event, unsigned action, const struct vmexit_text *text);
 bool core_change_event(const struct trap *trap, uint32_t id, unsigned state);
 uint64_t *core_script_globals(void);
+
+/* What the guest executes at this trap. */
+const struct task *trap_task(struct trap *trap);
 
 /* Lets every matching event of the pre stage act, from `progress` on. STOP: the machine has to halt before the instruction; call
  * again with the same progress when it goes on. CARRY_OUT: `trap->wants_post` says whether core_post is to be called. */

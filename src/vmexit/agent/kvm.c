@@ -59,13 +59,16 @@ static void clear_immediate_exit(struct kvm_run *run)
 /* While events want MSRs, KVM leaves the registers in struct kvm_run, which is cheaper than asking for them. */
 static void choose_sync_regs(struct cpu *cpu)
 {
-    const bool wanted = __atomic_load_n(&vm.is_armed, __ATOMIC_RELAXED) && vm.has_sync_regs;
-    if (wanted == cpu->syncs_regs)
+    uint64_t wanted = 0;
+    if (__atomic_load_n(&vm.is_armed, __ATOMIC_RELAXED) && vm.has_sync_regs)
+        wanted |= KVM_SYNC_X86_REGS;
+    if (wanted && __atomic_load_n(&vm.syncs_sregs, __ATOMIC_RELAXED) && vm.has_sync_sregs)
+        wanted |= KVM_SYNC_X86_SREGS;
+    if (wanted == cpu->synced)
         return;
-    if (wanted && (cpu->run->kvm_valid_regs & KVM_SYNC_X86_REGS))
-        return; /* the VMM's own wish */
-    cpu->run->kvm_valid_regs ^= KVM_SYNC_X86_REGS;
-    cpu->syncs_regs = wanted;
+    const uint64_t own = cpu->run->kvm_valid_regs & ~cpu->synced; /* the VMM's wishes */
+    cpu->run->kvm_valid_regs = own | wanted;
+    cpu->synced = wanted & ~own;
 }
 
 static int enter_guest(struct cpu *cpu)
@@ -392,8 +395,11 @@ struct cpu *kvm_add_cpu(int fd, struct kvm_run *run)
     pthread_mutex_lock(&kvm_lock);
     bool has_room = cpu != NULL && wake >= 0 && vm.count < KVM_MOST_VCPUS;
     if (has_room) {
-        if (vm.count == 0)
-            vm.has_sync_regs = kvm_plain(vm.fd, KVM_CHECK_EXTENSION, (void *)KVM_CAP_SYNC_REGS) & KVM_SYNC_X86_REGS;
+        if (vm.count == 0) {
+            const int syncs = kvm_plain(vm.fd, KVM_CHECK_EXTENSION, (void *)KVM_CAP_SYNC_REGS);
+            vm.has_sync_regs = syncs > 0 && (syncs & KVM_SYNC_X86_REGS);
+            vm.has_sync_sregs = syncs > 0 && (syncs & KVM_SYNC_X86_SREGS);
+        }
         *cpu = (struct cpu){.fd = fd, .index = vm.count, .run = run, .wake = wake};
         vm.cpus[vm.count] = cpu;
         __atomic_store_n(&vm.count, vm.count + 1, __ATOMIC_RELEASE);
@@ -513,6 +519,10 @@ static struct door door = {
     .reach_memory = reach_memory,
     .to_physical = to_physical,
     .to_virtual = to_virtual,
+    .get_task_registers = task_get_registers,
+    .get_kernel_gs_base = task_get_kernel_gs_base,
+    .find_page = state_find_page,
+    .read_physical = task_read_physical,
     .enter_thread = halt_prepare,
     .get_registers = get_registers,
     .get_register = get_register,
@@ -521,7 +531,7 @@ static struct door door = {
     .translate = translate,
     .decide = decide,
     .resume = halt_resume,
-    .set_events = msrs_want,
+    .set_events = task_set_events,
     .set_halted = halt_set,
     .is_running = halt_is_running,
 };

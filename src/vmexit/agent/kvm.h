@@ -37,7 +37,7 @@ struct cpu {
     pid_t thread;
     bool passed; /* its thread has come through our ioctl */
     bool busy; /* its thread is in our ioctl, and is not halted there */
-    bool syncs_regs; /* kvm_run.kvm_valid_regs says so because we want it */
+    uint64_t synced; /* what kvm_run.kvm_valid_regs says because we want it */
     int wake; /* an eventfd: the machine runs on */
     /* Registers that are changed when the vCPU enters the guest, and not before: its exit may be unfinished, and its VMM may set all
      * registers anew. A bit each; under kvm_lock. */
@@ -51,6 +51,8 @@ extern struct vm {
     int fd; /* the VMM's; -1: none yet */
     uint32_t run_bytes; /* of struct kvm_run, as mapped */
     bool has_sync_regs;
+    bool has_sync_sregs;
+    bool syncs_sregs; /* events ask for processes */
     bool is_armed; /* events want MSRs */
     bool is_parked; /* vCPUs do not enter the guest: where the agent itself halts the machine */
     unsigned count;
@@ -114,6 +116,17 @@ bool state_has_memory(void);
 /* Physical memory; virtual memory by way of what state_get_paging gives. */
 bool state_access_memory(bool write, uint64_t address, void *bytes, uint32_t length);
 bool state_get_paging(struct cpu *cpu, struct paging *paging);
+
+/* Where a page of physical memory is in this process; null where it cannot be read there. */
+const uint8_t *state_find_page(uint64_t physical);
+
+/* ---- kvm_task.c: the door's functions for the way to the current thread (core.h) ---- */
+
+/* msrs_want, and what these events need beside. */
+int task_set_events(const struct vmexit_event *events, size_t count);
+bool task_get_registers(unsigned vcpu, struct task_registers *registers);
+bool task_get_kernel_gs_base(unsigned vcpu, uint64_t *base);
+bool task_read_physical(uint64_t physical, void *bytes, uint32_t length);
 
 /* ---- kvm_halt.c: halting the machine ---- */
 

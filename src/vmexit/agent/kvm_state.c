@@ -270,6 +270,7 @@ int state_set_memory(unsigned long request, const struct kvm_userspace_memory_re
             *slot = (struct slot){region->slot, region->guest_phys_addr, region->memory_size, region->userspace_addr};
     }
     pthread_mutex_unlock(&kvm_lock);
+    tasks_forget_memory();
     return result;
 }
 
@@ -315,6 +316,29 @@ static bool access_physical(void *context, uint64_t physical, void *bytes, uint3
     bool done = access_slots(physical, bytes, length, write);
     pthread_mutex_unlock(&kvm_lock);
     return done;
+}
+
+/* A slot may name memory that the VMM does not have there, or not for reading; the kernel finds out. Until the slots are changed it is taken
+ * for granted then: KVM itself reads it for the guest. */
+static const uint8_t *find_page(uint64_t physical)
+{
+    uint8_t byte;
+    for (size_t i = 0; i < memory.count; i++) {
+        const uint64_t offset = physical - memory.slots[i].first;
+        if (offset < memory.slots[i].size && copy(memory.slots[i].memory + offset, &byte, 1, false))
+            return (const uint8_t *)memory.slots[i].memory + offset; // NOLINT: an address of this very process
+    }
+    return NULL;
+}
+
+const uint8_t *state_find_page(uint64_t physical)
+{
+    if (!memory.seen)
+        return qemu_find_page(physical);
+    pthread_mutex_lock(&kvm_lock);
+    const uint8_t *page = find_page(physical);
+    pthread_mutex_unlock(&kvm_lock);
+    return page;
 }
 
 bool state_access_memory(bool write, uint64_t address, void *bytes, uint32_t length)

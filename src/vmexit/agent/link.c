@@ -225,6 +225,8 @@ static int change(const struct vmexit_message *message)
         return add_script(message);
     case VMEXIT_SCRIPT_LIMITS:
         return bare ? scripts_set_limits(message->address, message->argument) : VMEXIT_REFUSED;
+    case VMEXIT_SET_RECIPE:
+        return tasks_set_recipe(server.in.payload, message->length);
     case VMEXIT_WRITE_VIRTUAL:
     case VMEXIT_WRITE_PHYSICAL:
         return write_memory(message);

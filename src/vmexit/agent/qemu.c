@@ -241,8 +241,8 @@ void qemu_write_rflags(unsigned vcpu, uint64_t value)
 
 /* ---- system registers ---- */
 
-/* Behind RIP, in bytes: CS of six segments, then LDTR, TR, GDTR and IDTR of the same form, then CR0 to CR4. */
-enum { ENV_SEGMENTS_BYTE = 56, SEGMENT_BYTES = 24, SEGMENT_BASE_BYTE = 8, SEGMENTS = 6 };
+/* Behind RIP, in bytes, from ENV_SEGMENTS_BYTE on: six segments, then LDTR, TR, GDTR and IDTR of the same form, then CR0 to CR4. */
+enum { SEGMENTS = 6 };
 enum { ENV_CR_BYTE = ENV_SEGMENTS_BYTE + 10 * SEGMENT_BYTES };
 /* How far behind RIP the eight debug registers may be. */
 enum { ENV_DR_FIRST_BYTE = ENV_CR_BYTE, ENV_DR_LAST_BYTE = 1 << 14 };

@@ -49,11 +49,22 @@ static inline const uint64_t *qemu_env_rip(const uint64_t *env)
     return env + __atomic_load_n(&qemu_env_rip_index, __ATOMIC_RELAXED);
 }
 
+/* In that array, in bytes behind RIP, are the segments, ES, CS, SS, DS, FS, GS; so long is each, and that far into it its base. */
+enum { ENV_SEGMENTS_BYTE = 56, SEGMENT_BYTES = 24, SEGMENT_BASE_BYTE = 8 };
+
 /* Those of script.h beyond them (GDTR ... DR7), on the vCPU's own thread. False: out of reach in this QEMU. */
 bool qemu_read_system_register(unsigned vcpu, unsigned number, uint64_t *value);
 bool qemu_write_system_register(unsigned vcpu, unsigned number, uint64_t value);
 
 bool qemu_access_memory(unsigned vcpu, bool physical, bool write, uint64_t address, void *bytes, uint32_t length);
+
+/* qemu_task.c: for a door's functions of these names (core.h). A page is never given back. */
+struct task_registers;
+bool qemu_task_registers(unsigned vcpu, struct task_registers *registers);
+bool qemu_kernel_gs_base(unsigned vcpu, uint64_t *base);
+const uint8_t *qemu_find_page(uint64_t physical);
+bool qemu_read_physical(uint64_t physical, void *bytes, uint32_t length);
+
 bool qemu_is_running(void);
 /* Whether the following can be called: on a thread of the agent's, or before the machine begins. */
 bool qemu_can_halt(void);

@@ -102,6 +102,10 @@ uint32_t cpu_cc_compute_all(void *env, int op) IF_PRESENT;
 void cpu_load_eflags(void *env, int eflags, int update_mask) IF_PRESENT;
 uint32_t address_space_rw(void *as, uint64_t addr, uint64_t attrs, void *buf, uint64_t len, bool is_write) IF_PRESENT;
 extern char address_space_memory[] IF_PRESENT;
+void *address_space_map(void *as, uint64_t addr, uint64_t *plen, bool is_write, uint64_t attrs) IF_PRESENT;
+void address_space_unmap(void *as, void *buffer, uint64_t len, bool is_write, uint64_t access_len) IF_PRESENT;
+bool cpu_physical_memory_is_io(uint64_t phys_addr) IF_PRESENT;
+void *qemu_ram_block_from_host(void *ptr, bool round_offset, uint64_t *offset) IF_PRESENT;
 /* the big QEMU lock, by its names before and since QEMU 9.0 */
 void qemu_mutex_lock_iothread_impl(const char *file, int line) IF_PRESENT;
 void qemu_mutex_unlock_iothread(void) IF_PRESENT;

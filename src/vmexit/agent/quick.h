@@ -21,6 +21,8 @@ struct rule {
     uint32_t slot;
     uint16_t access;
     uint16_t others; /* ranges of the same event that follow */
+    uint32_t process;
+    bool asks_for_task;
 };
 
 struct table {
@@ -30,6 +32,7 @@ struct table {
     uint64_t quick_used;
     int64_t quick_half;
     uint64_t apart; /* the MSR of the debugger's own event, which is no quick matter; beyond 32 bits where there is none */
+    bool asks_for_task; /* one of the events does */
     const struct rule *rules_end;
     struct rule *rules;
     size_t count;
@@ -93,6 +96,46 @@ static inline void fetch_back(const struct vcpu *vcpu)
 #endif
 }
 
+/* ---- what runs in the guest ---- */
+
+static inline bool event_asks_for_task(const struct vmexit_event *event)
+{
+    /* A script may be enabling it. */
+    return event->process != VMEXIT_ALL_PROCESSES || (__atomic_load_n(&event->flags, __ATOMIC_RELAXED) & VMEXIT_WITH_PROCESS);
+}
+
+static inline uint64_t task_number(const struct task *task)
+{
+    return task->found[VMEXIT_FOUND_PID] << 32 | (uint32_t)task->found[VMEXIT_FOUND_TID];
+}
+
+static inline void set_task(struct vmexit_record *record, const struct task *task)
+{
+    record->process = (uint32_t)task->found[VMEXIT_FOUND_PID];
+    record->thread = (uint32_t)task->found[VMEXIT_FOUND_TID];
+    record->flags |= task->is_known ? VMEXIT_PROCESS_KNOWN : 0;
+}
+
+static inline bool rule_applies(const struct rule *rule, unsigned index, unsigned access, uint32_t msr)
+{
+    return msr - rule->first <= rule->span && (rule->access & access) && (rule->core == VMEXIT_ALL_CORES || rule->core == index);
+}
+
+/* What runs, where a rule that applies asks for it. False: the debugger has yet to be told its name. */
+static inline bool quick_task(const struct table *table, unsigned index, unsigned access, uint32_t msr, uint64_t rsp,
+                              const struct task **task)
+{
+    for (const struct rule *rule = table->rules; rule != table->rules_end; rule++) {
+        if (!rule->asks_for_task || !rule_applies(rule, index, access, msr))
+            continue;
+        if (!(*task)->is_known)
+            *task = task_now(index, rsp);
+        if ((*task)->is_known && !(*task)->is_told && (rule->process == VMEXIT_ALL_PROCESSES || task_is_of(*task, rule->process)))
+            return false;
+    }
+    return true;
+}
+
 /* Does all that there is to do in stage pre, unless it returns false: then it has done nothing. `registers` begins with RAX, RCX, RDX,
  * RBX, RSP. */
 static inline bool quick_pre(unsigned index, unsigned access, unsigned length, uint64_t rip, const uint64_t *registers)
@@ -109,11 +152,18 @@ static inline bool quick_pre(unsigned index, unsigned access, unsigned length, u
     bool is_quick = table == __atomic_load_n(&core.table, __ATOMIC_ACQUIRE) && msr != table->apart &&
                     (int64_t)(vcpu->head & core.half_mask) <= table->quick_half &&
                     vcpu->head - __atomic_load_n(&ring->tail, __ATOMIC_ACQUIRE) <= table->quick_used;
+    const struct task *task = &task_nobody;
+    if (__builtin_expect(is_quick && table->asks_for_task, 0))
+        is_quick = quick_task(table, index, access, msr, registers[VMEXIT_RSP], &task);
     if (__builtin_expect(is_quick, 1)) {
         const uint64_t now = clock_now_by_tsc();
         for (const struct rule *rule = table->rules; rule != table->rules_end; rule++) {
-            if (msr - rule->first > rule->span || !(rule->access & access) || (rule->core != VMEXIT_ALL_CORES && rule->core != index))
+            if (!rule_applies(rule, index, access, msr))
                 continue;
+            if (rule->process != VMEXIT_ALL_PROCESSES && !task_is_of(task, rule->process)) {
+                rule += rule->others;
+                continue;
+            }
             __atomic_store_n(&ring->hits[rule->slot], ring->hits[rule->slot] + 1, __ATOMIC_RELAXED);
             fetch_back(vcpu);
             vcpu->records[vcpu->head & core.ring_mask] = (struct vmexit_record){
@@ -130,6 +180,8 @@ static inline bool quick_pre(unsigned index, unsigned access, unsigned length, u
                 .action = VMEXIT_RECORD,
                 .length = (uint8_t)length,
             };
+            if (rule->asks_for_task)
+                set_task(&vcpu->records[vcpu->head & core.ring_mask], task);
             __atomic_store_n(&ring->head, ++vcpu->head, __ATOMIC_RELEASE);
             rule += rule->others;
         }

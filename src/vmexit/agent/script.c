@@ -641,6 +641,12 @@ void script_prepare(context_t *context)
     context->values[VMEXIT_VALUE_PNAME] = arena_address(VMEXIT_ARENA_TEXT, NAME_AT);
 }
 
+void script_set_name(context_t *context, const char *name, size_t size)
+{
+    memset(context->text + NAME_AT, 0, sizeof context->text - NAME_AT);
+    memcpy(context->text + NAME_AT, name, size);
+}
+
 uint32_t script_run(context_t *context, script_entry entry, uint64_t steps)
 {
     context->error = VMEXIT_FAULT_NONE;

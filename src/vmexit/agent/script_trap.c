@@ -1,5 +1,6 @@
 /* Scripts at traps: the files of code that the debugger adds, a context for each vCPU, and what scripts reach of the trapped machine. */
 #define _GNU_SOURCE
+#include "quick.h"
 #include "script_trap.h"
 
 #include <fcntl.h>
@@ -24,6 +25,7 @@ struct script {
 /* What the runs on one vCPU use, one after the other. */
 struct place_to_run {
     context_t context;
+    bool tells_process; /* the context says which one runs */
     uint64_t registers[16];
     _Alignas(16) uint8_t stack[VMEXIT_ARENA_STACK_BYTES];
     _Alignas(8) uint8_t record[VMEXIT_MAX_PRINT];
@@ -260,6 +262,23 @@ void scripts_begin_session(void)
 
 /* ---- a run ---- */
 
+/* Of an event that does not ask, nothing is found out, and nothing left of what another asked. */
+static void tell_process(struct place_to_run *place, const struct run *run)
+{
+    static const uint8_t values[][2] = {
+        {VMEXIT_VALUE_PID, VMEXIT_FOUND_PID},   {VMEXIT_VALUE_TID, VMEXIT_FOUND_TID}, {VMEXIT_VALUE_PROC, VMEXIT_FOUND_PROCESS},
+        {VMEXIT_VALUE_THREAD, VMEXIT_FOUND_THREAD}, {VMEXIT_VALUE_PEB, VMEXIT_FOUND_PEB}, {VMEXIT_VALUE_TEB, VMEXIT_FOUND_TEB},
+    };
+    const bool tells = event_asks_for_task(run->event);
+    if (!tells && !place->tells_process)
+        return;
+    const struct task *task = tells ? trap_task(run->trap) : &task_nobody;
+    for (size_t i = 0; i < sizeof values / sizeof *values; i++)
+        place->context.values[values[i][0]] = task->found[values[i][1]];
+    script_set_name(&place->context, task->name, sizeof task->name);
+    place->tells_process = tells;
+}
+
 static void ready(context_t *context, struct run *run, const struct script *script)
 {
     const struct trap *trap = run->trap;
@@ -290,6 +309,7 @@ bool scripts_run(struct trap *trap, const struct vmexit_event *event, const stru
 {
     context_t *context = &scripts.places[trap->vcpu].context;
     struct run run = {.trap = trap, .event = event, .progress = progress};
+    tell_process(&scripts.places[trap->vcpu], &run);
     ready(context, &run, script);
     uint32_t error = script_run(context, script->entry, __atomic_load_n(&scripts.steps, __ATOMIC_RELAXED));
     if (context->changed) {

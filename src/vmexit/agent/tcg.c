@@ -265,6 +265,7 @@ static void on_reset(void *unused)
 {
     (void)unused;
     hold_forget_all();
+    tasks_distrust();
 }
 
 static void enter_thread(void)
@@ -284,6 +285,10 @@ static struct door door = {
     .reach_memory = reach_memory,
     .to_physical = to_physical,
     .to_virtual = to_virtual,
+    .get_task_registers = qemu_task_registers,
+    .get_kernel_gs_base = qemu_kernel_gs_base,
+    .find_page = qemu_find_page,
+    .read_physical = qemu_read_physical,
     .get_registers = get_registers,
     .get_register = get_register,
     .set_register = set_register,

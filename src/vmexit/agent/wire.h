@@ -34,19 +34,22 @@
 #define VMEXIT_ASK 2
 #define VMEXIT_BREAK 4
 #define VMEXIT_SCRIPT 8
-/* What only stands in a record: a script has printed, or its run was ended. */
+/* What only stands in a record: a script has printed, its run was ended, a thread was seen. */
 #define VMEXIT_PRINT 16
 #define VMEXIT_FAULT 32
+#define VMEXIT_NAME 64 /* the name of a thread whose number later records of this vCPU carry */
 
 /* vmexit_event.flags */
 #define VMEXIT_ENABLED 1
 #define VMEXIT_SHORT_CIRCUIT 2
 #define VMEXIT_IMMEDIATE 4
+#define VMEXIT_WITH_PROCESS 8 /* its records and its script are to tell the guest's process and thread, where they are known */
 
 /* vmexit_record.flags */
 #define VMEXIT_SKIPPED 1
 #define VMEXIT_INTERRUPTED 2
 #define VMEXIT_FAULTED 4 /* the processor or KVM refused the access (#GP); only tracepoints tell of such, an agent has no post stage then */
+#define VMEXIT_PROCESS_KNOWN 8 /* vmexit_record.process and .thread are those of the guest */
 
 /* vmexit_ring.waiting */
 #define VMEXIT_WAITS_FOR_ROOM 1
@@ -107,7 +110,8 @@ struct vmexit_event {
     uint32_t core; /* a vCPU's index or VMEXIT_ALL_CORES */
     uint32_t range_count;
     uint32_t script; /* what VMEXIT_SCRIPT runs: the number that it was added with (VMEXIT_ADD_SCRIPT); else 0 */
-    uint32_t process; /* of the host, or VMEXIT_ALL_PROCESSES; only targets that merely look on know any other, no agent does */
+    uint32_t process; /* of the guest, or VMEXIT_ALL_PROCESSES: as long as it is not known which one runs, no other is matched. Of the
+                       * host, where the target merely looks on */
     struct vmexit_range ranges[VMEXIT_MAX_RANGES];
 };
 
@@ -126,12 +130,19 @@ struct vmexit_record {
     uint8_t flags;
     uint8_t length; /* of the instruction, in bytes; 0: not known yet (KVM, stage pre) */
     uint8_t reserved;
-    uint32_t script; /* with VMEXIT_PRINT and VMEXIT_FAULT: whose */
-    uint32_t text; /* with these: where what it left begins in the ring's text, in words of 8 bytes, modulo 2^32 */
+    union {
+        uint32_t process; /* the guest's number of it, with VMEXIT_PROCESS_KNOWN; else 0 */
+        uint32_t script; /* with VMEXIT_PRINT and VMEXIT_FAULT: whose */
+    };
+    union {
+        uint32_t thread; /* as process */
+        uint32_t text; /* with VMEXIT_PRINT, VMEXIT_FAULT, VMEXIT_NAME: where that begins in the ring's text, in words of 8 bytes, modulo 2^32 */
+    };
 };
 
-/* What a script leaves in the text of its vCPU's ring: this, then with VMEXIT_PRINT the slots (script.h), with VMEXIT_FAULT two words:
- * the number of the place in the source, and the address or number to blame. */
+/* What is left in the text of a vCPU's ring: this, then with VMEXIT_PRINT the slots (script.h), with VMEXIT_FAULT two words: the number
+ * of the place in the source, and the address or number to blame; with VMEXIT_NAME VMEXIT_NAME_BYTES, and the record's value is the number
+ * of the process << 32 | that of the thread. */
 struct vmexit_text {
     uint32_t size; /* of all of it, in bytes, a multiple of 8 */
     uint32_t number; /* of the format, or of the fault (script.h) */
@@ -202,6 +213,7 @@ struct vmexit_shared {
 #define VMEXIT_WRITE_PHYSICAL 11
 #define VMEXIT_ADD_SCRIPT 12 /* struct vmexit_script_file, the file attached; forgotten unless the next VMEXIT_EVENTS names it */
 #define VMEXIT_SCRIPT_LIMITS 13 /* address = steps, argument = bytes of the native stack that a run may take */
+#define VMEXIT_SET_RECIPE 14 /* struct vmexit_recipe and its bases: how to find the current thread; nothing at all: not known any more */
 #define VMEXIT_GET_REGISTER 16 /* vcpu, argument = register (these, or one of script.h) -> uint64_t */
 #define VMEXIT_TRANSLATE 17 /* vcpu, argument 0: virtual address -> physical, 1: the other way -> uint64_t */
 #define VMEXIT_HALT 32 /* argument 1: halt the machine; 0: let it run. VMEXIT_MACHINE follows when it does */
@@ -237,6 +249,55 @@ struct vmexit_script_file {
     uint32_t entry; /* offset in the code */
     uint32_t code_size; /* in bytes */
     uint32_t constants_size;
+};
+
+/* The way from a vCPU's registers to the thread that it executes: which words of the guest's memory to read, each at an address that an
+ * earlier one gave, and what it has to be. Where one cannot be read or is not that, the thread is not known.
+ *
+ * It begins at the CPU's own area, which GS leads to: by GS_BASE in the kernel, by KERNEL_GS_BASE in a program, by either of them in the
+ * few instructions between. A program may give its own GS any value; so an area counts only if it is among `bases`. Where both count, it
+ * is the one whose thread has the stack that RSP points into. */
+#define VMEXIT_MAX_STEPS 16
+#define VMEXIT_MAX_BASES 4096
+#define VMEXIT_NAME_BYTES 16
+
+/* What a step finds (vmexit_step.result), and what a later one starts from (vmexit_step.source). */
+#define VMEXIT_FOUND_BASE 0 /* given, not found: the CPU's own area */
+#define VMEXIT_FOUND_THREAD 1 /* its address; as $thread */
+#define VMEXIT_FOUND_PROCESS 2 /* its address; as $proc */
+#define VMEXIT_FOUND_TID 3
+#define VMEXIT_FOUND_PID 4 /* there has to be one */
+#define VMEXIT_FOUND_NAME 5 /* at most VMEXIT_NAME_BYTES; no step starts from it */
+#define VMEXIT_FOUND_STACK 6 /* the lowest address of the thread's kernel stack */
+#define VMEXIT_FOUND_PEB 7
+#define VMEXIT_FOUND_TEB 8
+#define VMEXIT_FOUND_OTHER 9 /* this and what follows are for the recipe's own use */
+#define VMEXIT_FOUNDS 16
+
+/* vmexit_step.check */
+#define VMEXIT_CHECK_NONE 0
+#define VMEXIT_CHECK_POINTER 1 /* in the upper half, a multiple of 8, and not of the last page */
+#define VMEXIT_CHECK_POINTER_OR_NULL 2
+#define VMEXIT_CHECK_MOST 3 /* at most `operand` */
+#define VMEXIT_CHECK_SAME 4 /* what the source was plus `operand` */
+
+struct vmexit_step {
+    uint64_t offset; /* of what is read, from the source's value, modulo 2^64 */
+    uint64_t operand;
+    uint8_t result; /* found by no other step */
+    uint8_t source; /* found by an earlier one */
+    uint8_t size; /* in bytes: 1, 2, 4 or 8; a name's is 1 to VMEXIT_NAME_BYTES */
+    uint8_t check;
+    uint32_t reserved;
+};
+
+struct vmexit_recipe {
+    uint64_t root; /* physical address of the page tables that map all of it, whatever a vCPU's CR3 is */
+    uint32_t levels; /* of them, 4 or 5 */
+    uint32_t stack_bytes; /* of a thread's kernel stack, where a step finds that; else 0 */
+    uint32_t step_count;
+    uint32_t base_count; /* uint64_t each behind this struct, none 0, rising; 0: any address in the upper half counts */
+    struct vmexit_step steps[VMEXIT_MAX_STEPS];
 };
 
 struct vmexit_hello {

@@ -10,6 +10,7 @@ from vmexit.commands import event_code
 from vmexit.commands.command import Arguments, one_of
 from vmexit.commands.session import Session
 from vmexit.console.tokens import Token, TokenKind
+from vmexit.debugger import State
 from vmexit.errors import CommandError
 from vmexit.events.event import Event, EventError
 from vmexit.link.wire import Action, Stage
@@ -52,8 +53,9 @@ PARAMETERS = (
     ),
     (
         "pid PID|all",
-        "Only this process, all its threads; as every number PID is hexadecimal, 0n1234 is decimal. So far only of the live host "
-        "('vmexit host').",
+        "Only this process of the guest's (of the host's with 'vmexit host'), all its threads; as every number PID is "
+        "hexadecimal, 0n1234 is decimal. Until the guest's processes are known the event waits. Without it the event is about "
+        "the process that '.attach' has named, if any; 'all' means all of them even then.",
     ),
     (
         "script { SCRIPT }",
@@ -83,7 +85,8 @@ class EventOptions:
 
     core: int | None = None
     process: int | None = None
-    """Of the host."""
+    all_processes: bool = False
+    """'pid all': also where a process is attached."""
     immediate: bool = True
     short_circuit: bool = False
     stage: Stage = Stage.PRE
@@ -160,13 +163,13 @@ class _Parser:
             case "stage":
                 self._found.stage = _STAGES[self._choice(option, value)]
             case "pid" if value.lower == "all":
-                pass
+                self._found.process, self._found.all_processes = None, True
             case _:
                 number = self._arguments.number(value, _NUMBERS[option])
                 if option == "core":
                     self._found.core = number
                 elif option == "pid":
-                    self._found.process = number
+                    self._found.process, self._found.all_processes = number, False
                 elif option == "buffer":
                     self._found.buffer = number
                 else:
@@ -215,8 +218,10 @@ class _Parser:
 def fit(session: Session, options: EventOptions) -> tuple[int, ...]:
     """Makes the stage, where none was named, the only one that a target has that merely looks on.
 
-    Gives the MSRs that are left out there besides, where none is named.
+    Gives the MSRs that are left out there besides, where none is named. An event that names no process is about the attached one.
     """
+    if options.process is None and not options.all_processes:
+        options.process = session.debugger.attached
     looks = session.debugger.target.only_looks
     if looks is None:
         return ()
@@ -250,6 +255,8 @@ def make(session: Session, arguments: Arguments, options: EventOptions, event: E
                 option = next(iter(options.machine_code), "buffer")
                 raise EventError(option, f"'{option}' is not possible here: {looks.reason}")
             event_code.attach(session, arguments, options, event)
+        if event.process is not None and not session.debugger.knows_processes and session.debugger.state is State.HALTED:
+            session.guest.known  # noqa: B018 - the processes are known with the guest
         return session.debugger.add(event)
     except EventError as error:
         first, last = options.places.get(error.option, (arguments.command, arguments.command))
@@ -282,7 +289,7 @@ def description(options: EventOptions) -> str:
     stage = next(name for name, stage in _STAGES.items() if stage == options.stage)
     parts = [f"stage {stage}", "all cores" if options.core is None else f"core {options.core:x}"]
     if options.process is not None:
-        parts.append(f"process {options.process}")
+        parts.append(f"process {options.process:x} (0n{options.process})")
     if options.short_circuit:
         parts.append("short-circuited")
     return ", ".join(parts)

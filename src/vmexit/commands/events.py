@@ -93,6 +93,14 @@ def _named(session: Session, arguments: Arguments) -> list[Event]:
     return [event]
 
 
+def _process(session: Session, event: Event) -> str:
+    """The process that it is about, and whether that one can be told from others yet."""
+    if event.process is None:
+        return ""
+    waits = "" if session.debugger.knows_processes else "; waits: the guest's processes are not known yet"
+    return f"  [process {event.process:x}{waits}]"
+
+
 def _table(session: Session) -> str:
     events = list(session.debugger.events)
     if not events:
@@ -107,5 +115,8 @@ def _table(session: Session) -> str:
         what = "" if named == str(event.msrs) else f"  // {named}"
         faults = f"  [{event.faults:,} run{'s' * (event.faults != 1)} ended by an error]" if event.faults else ""
         way = f"  [{event.way}]" if event.way else ""
-        lines.append(f"{event.number:<4x} {state}  {count:>{width}} {unit}  {' '.join(event.text.split())}{what}{way}{faults}")
+        process = _process(session, event)
+        lines.append(
+            f"{event.number:<4x} {state}  {count:>{width}} {unit}  {' '.join(event.text.split())}{what}{process}{way}{faults}"
+        )
     return "\n".join(lines)

@@ -54,6 +54,7 @@ class _MsrCommand(Command):
             stage=options.stage,
             core=options.core,
             process=options.process,
+            with_process=bool(options.action & (Action.RECORD | Action.BREAK)),
             action=options.action,
             script=script,
             short_circuit=options.short_circuit,

@@ -15,6 +15,7 @@ from vmexit.errors import CommandError
 def _commands() -> tuple[Command, ...]:
     """In the order in which they are listed."""
     # Here because ``help`` is a command that looks at all of them.
+    from vmexit.commands.attach import Attach, DetachProcess
     from vmexit.commands.core import Core
     from vmexit.commands.disassemble import Disassemble
     from vmexit.commands.evaluate import Evaluate, Print
@@ -51,6 +52,8 @@ def _commands() -> tuple[Command, ...]:
         Processes(),
         Process(),
         Thread(),
+        Attach(),
+        DetachProcess(),
         Stack(),
         Modules(),
         Examine(),

@@ -35,12 +35,19 @@ came of them, how many were dropped for want of room, and how often a vCPU had t
                     f"machine  {debugger.target.name}, {cores:x} core{'s' * (cores > 1)}",
                     f"state    {_state(session)}",
                     f"agent    through {link.door}{plugin}; can {', '.join(can)}",
+                    f"process  {_process(session)}",
                     f"events   {len(events)}, of which {enabled} enabled",
                     f"records  {debugger.summary.total:,}; {debugger.dropped():,} dropped, {debugger.waits():,} waits for room "
                     f"(overflow {debugger.overflow.value})",
                 )
             )
         )
+
+
+def _process(session: Session) -> str:
+    debugger = session.debugger
+    attached = "none is attached" if debugger.attached is None else f"{debugger.attached:x} is attached"
+    return attached if debugger.knows_processes else f"{attached}; those that run here are not known"
 
 
 def _state(session: Session) -> str:

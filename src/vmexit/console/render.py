@@ -24,6 +24,8 @@ from vmexit.trap import Trap, traps_of
 _DIM, _BOLD, _YELLOW, _RED, _PLAIN = "\033[2m", "\033[1m", "\033[33m", "\033[31m", "\033[0m"
 
 _Bytes = npt.NDArray[np.uint8]
+_Texts = tuple[list[str], npt.NDArray[np.intp]]
+"""Texts, and for each of some records which of them it has."""
 
 _STAGES = {Stage.PRE: "pre", Stage.POST: "post"}
 _ACCESSES = {Access.WRMSR: "wrmsr", Access.RDMSR: "rdmsr"}
@@ -59,7 +61,7 @@ def _hex(values: npt.NDArray[np.unsignedinteger], size: int) -> _Bytes:
 
 class Columns:
     """Traps as lines: in fixed columns time in seconds, core, stage, instruction, MSR, value and RIP; then whether it was
-    skipped, what MSR and value mean, and the name of the place that RIP is.
+    skipped, what MSR and value mean, the name of the place that RIP is, and the thread, as far as these are known.
 
     What does not fit into the ``width`` of a terminal goes into a second line, which is indented.
     """
@@ -83,9 +85,27 @@ class Columns:
         time = f"{microseconds // 1_000_000:{_SECONDS}}.{microseconds % 1_000_000:06}"
         what = _WHAT[trap.stage, trap.access]
         mark = _SHORT_CIRCUITED if trap.skipped else _FAULTED if trap.flags & RecordFlag.FAULTED else ""
-        tail = self._tail(len(time), mark, self._meanings.of(trap), self._names.of(trap.rip) if self._names else "")
+        tail = self._tail(len(time), mark, self._meanings.of(trap), *self._origin(trap))
         time = f"{self._dim}{time}{self._plain}"
         return f"{time}  {trap.core:<{_CORE}x}  {what}  {trap.msr:08x}  {value_text(trap)}  {_rip_text(trap)}{tail}"
+
+    def _origin(self, trap: Trap) -> tuple[str, ...]:
+        """Where it comes from: the place, and the thread where the record tells."""
+        if self._names is None:
+            return ()
+        thread = self._names.thread(trap.pid, trap.tid) if trap.flags & RecordFlag.PROCESS_KNOWN else ""
+        return self._names.of(trap.rip), thread
+
+    def _threads(self, names: Names, records: Records) -> _Texts:
+        """The different threads of records, and which of them each has."""
+        known = (records["flags"] & RecordFlag.PROCESS_KNOWN) != 0
+        if not known.any():
+            return [""], np.zeros(len(records), np.intp)
+        # As no thread has such a number, 0 stands for those that are not known.
+        keys = np.where(known, (records["process"].astype(np.uint64) << np.uint64(32) | records["thread"]) + np.uint64(1), 0)
+        unique, which = np.unique(keys, return_inverse=True)
+        texts = [names.thread((key - 1) >> 32, (key - 1) & 0xFFFF_FFFF) if key else "" for key in unique.tolist()]
+        return texts, which
 
     def _tail(self, time_width: int, mark: str, *others: str) -> str:
         """What comes behind RIP; ``mark`` is the part that is to be coloured."""
@@ -97,7 +117,7 @@ class Columns:
             if self.width is not None and used + len(before) + len(text) > self.width:
                 used, before = 0, f"\n{' ' * _INDENT}"
             used += len(before.lstrip("\n")) + len(text)
-            tail += f"{self._mark}{before}{text}{self._plain}" if text is mark else f"{before}{text}"
+            tail += self._part(before, text, is_mark=text is mark)
         return tail
 
     def lines(self, records: Records) -> str:
@@ -131,27 +151,37 @@ class Columns:
             "  ",
             rips,
         ]
-        tails, tail_of = self._tails(records, times.shape[1])
-        if width := max(map(len, tails)):
-            # What is shorter than the longest is filled up with NULs, which are taken out in the end.
-            parts.append(_table(tail.ljust(width, "\0") for tail in tails)[tail_of])
+        columns = self._columns(records)
+        # Where nothing has to fit, each part is looked up by itself; else each different end of a line is made once.
+        for texts, text_of in columns if self.width is None else [self._tails(columns, times.shape[1])]:
+            if width := max(map(len, texts)):
+                # What is shorter than the longest is filled up with NULs, which are taken out in the end.
+                parts.append(_table(text.ljust(width, "\0") for text in texts)[text_of])
         parts.append("\n")
-        columns = [
+        arrays = [
             np.broadcast_to(_table([part]), (count, len(part))) if isinstance(part, str) else part for part in parts if len(part)
         ]
-        return np.concatenate(columns, axis=1).tobytes().translate(None, b"\0").decode("ascii")
+        return np.concatenate(arrays, axis=1).tobytes().translate(None, b"\0").decode("ascii")
 
-    def _tails(self, records: Records, time_width: int) -> tuple[list[str], npt.NDArray[np.intp]]:
-        """The different tails of records, and which of them each has."""
-        skipped = (records["flags"] & RecordFlag.SKIPPED) != 0
-        faulted = (records["flags"] & RecordFlag.FAULTED) != 0
+    def _columns(self, records: Records) -> list[_Texts]:
+        """What the ends of the lines are made of; where nothing has to fit, as it stands there."""
+        skipped, faulted = ((records["flags"] & flag) != 0 for flag in (RecordFlag.SKIPPED, RecordFlag.FAULTED))
         columns = [
             (["", _FAULTED, _SHORT_CIRCUITED], np.where(skipped, 2, faulted.astype(np.intp))),
             self._meanings.of_all(records),
         ]
         if self._names:
-            columns.append(self._names.of_all(records["rip"]))
-        combined = np.zeros(len(records), np.intp)
+            columns += [self._names.of_all(records["rip"]), self._threads(self._names, records)]
+        if self.width is not None:
+            return columns
+        return [
+            ([self._part("  ", text, is_mark=number == 0) if text else "" for text in texts], text_of)
+            for number, (texts, text_of) in enumerate(columns)
+        ]
+
+    def _tails(self, columns: Sequence[_Texts], time_width: int) -> _Texts:
+        """The different ends of lines, and which of them each has."""
+        combined = np.zeros(len(columns[0][1]), np.intp)
         for texts, which in columns:
             combined = combined * len(texts) + which
         unique, tail_of = np.unique(combined, return_inverse=True)
@@ -164,6 +194,9 @@ class Columns:
                 chosen.insert(0, texts[index])
             tails.append(self._tail(time_width, *chosen))
         return tails, tail_of
+
+    def _part(self, before: str, text: str, *, is_mark: bool) -> str:
+        return f"{self._mark}{before}{text}{self._plain}" if is_mark else f"{before}{text}"
 
     def _start(self, first_ns: int) -> int:
         if self._started_ns is None:

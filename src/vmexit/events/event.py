@@ -36,7 +36,9 @@ class Event:
     core: int | None = None
     """The index of the only vCPU that it looks at; None: all."""
     process: int | None = None
-    """The number of the only process of the host that it looks at, where the target can tell (Target.only_looks); None: all."""
+    """The number of the only process that it looks at: one of the guest's, or of the host where that is looked at; None: all."""
+    with_process: bool = False
+    """Its records tell which process and thread of the guest it was (Trap.pid, Trap.tid), where that is known."""
     action: Action = Action.BREAK
     callback: Callback | None = None
     """What Action.ASK calls."""

@@ -219,6 +219,10 @@ class Link:
         """What a run of a script may take: steps, and bytes of the native stack (wire's MIN_STACK to MAX_STACK)."""
         self._exchange(MessageType.SCRIPT_LIMITS, argument=stack, address=steps)
 
+    def set_recipe(self, recipe: bytes) -> None:
+        """How to find the guest's current thread (a packed ``vmexit_recipe`` and its bases); empty: it is not known any more."""
+        self._exchange(MessageType.SET_RECIPE, payload=recipe)
+
     def set_overflow(self, drop: bool) -> None:
         """A full ring drops and counts (True) or makes the vCPU wait (False)."""
         self._exchange(MessageType.OVERFLOW, argument=int(drop))

@@ -41,6 +41,8 @@ class Action(enum.IntFlag):
     """Only of a record: a script has printed."""
     FAULT = constant("FAULT")
     """Only of a record: a script's run was ended."""
+    NAME = constant("NAME")
+    """Only of a record: the name of a thread of the guest."""
 
 
 class EventFlag(enum.IntFlag):
@@ -49,6 +51,7 @@ class EventFlag(enum.IntFlag):
     ENABLED = constant("ENABLED")
     SHORT_CIRCUIT = constant("SHORT_CIRCUIT")
     IMMEDIATE = constant("IMMEDIATE")
+    WITH_PROCESS = constant("WITH_PROCESS")
 
 
 class RecordFlag(enum.IntFlag):
@@ -56,12 +59,14 @@ class RecordFlag(enum.IntFlag):
 
     ``SKIPPED``: the event that left the record short-circuits the instruction. ``INTERRUPTED``: the machine took an interrupt
     between the instruction and its post stage, so RIP, RSP and RFLAGS are those of the interrupt's handler. ``FAULTED``: the
-    access was refused (#GP), which only a tracepoint tells of.
+    access was refused (#GP), which only a tracepoint tells of. ``PROCESS_KNOWN``: its process and thread are those that the guest
+    executed.
     """
 
     SKIPPED = constant("SKIPPED")
     INTERRUPTED = constant("INTERRUPTED")
     FAULTED = constant("FAULTED")
+    PROCESS_KNOWN = constant("PROCESS_KNOWN")
 
 
 class Capability(enum.IntFlag):
@@ -96,6 +101,7 @@ class MessageType(enum.IntEnum):
     TRANSLATE = constant("TRANSLATE")
     ADD_SCRIPT = constant("ADD_SCRIPT")
     SCRIPT_LIMITS = constant("SCRIPT_LIMITS")
+    SET_RECIPE = constant("SET_RECIPE")
     HALT = constant("HALT")
     VCPU = constant("VCPU")
     MACHINE = constant("MACHINE")
@@ -146,7 +152,7 @@ def size(struct: str) -> int:
 
 
 def dtype(struct: str) -> np.dtype[np.void]:
-    """The numpy type of ``struct vmexit_<struct>``; of its integer fields (arrays are padding there)."""
+    """The numpy type of ``struct vmexit_<struct>``; of its integer fields (arrays are padding there), unions included."""
     names, formats, offsets = [], [], []
     for name, field in ffi.typeof(f"struct vmexit_{struct}").fields:
         if field.type.kind == "primitive" and name != "reserved":

@@ -71,6 +71,8 @@ class CompiledScript:
     """The guest's symbols that it names, and their addresses when it was compiled."""
     registers: Place | None
     """Where it first names one of the 16 general registers; None: nowhere."""
+    asks_process: bool
+    """It wants to know the guest's process ($pid and its like)."""
 
     def fault(self, error: int, place: int, detail: int) -> ScriptRunError:
         """The error for the user, from what a failed run left in its context."""
@@ -184,4 +186,5 @@ class Compiler:
             tuple(program.globals),
             symbols,
             places.general,
+            places.asks_process,
         )

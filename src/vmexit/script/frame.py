@@ -50,6 +50,8 @@ class Places:
         self.places: list[Place] = []
         self.general: Place | None = None
         """Where a general register is named first."""
+        self.asks_process = False
+        """Whether a pseudo-register of the guest's processes is named."""
         self._numbers: dict[Place, int] = {}
 
     def number(self, place: Place) -> int:

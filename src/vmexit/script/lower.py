@@ -15,6 +15,7 @@ from vmexit.script.abi import address, constant, value_offset
 from vmexit.script.builtins import How
 from vmexit.script.errors import Place
 from vmexit.script.frame import F32, F64, I1, I8, I32, I64, PTR, Frame, Places, llvm_type, number
+from vmexit.script.names import OF_PROCESSES
 from vmexit.script.printf import Conversion, Take
 from vmexit.script.types import BOOL, Float, Int, Type, size_of
 
@@ -234,6 +235,7 @@ class _Function(Frame):
     def pseudo(self, value: typed.PseudoValue) -> Any:
         if value.name in ("date", "time"):
             return self.call(value.name.upper(), [], value.place)
+        self.places.asks_process |= value.name in OF_PROCESSES
         there = self.builder.gep(self.context, [number(value_offset(value.name.upper()))], source_etype=I8)
         return self.builder.load(there, typ=I64)
 

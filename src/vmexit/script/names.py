@@ -60,6 +60,8 @@ PSEUDO: Mapping[str, Type] = MappingProxyType(
     }
 )
 """Pseudo-registers and their types."""
+OF_PROCESSES = frozenset({"pid", "tid", "pname", "proc", "thread", "peb", "teb"})
+"""Those that tell which process and thread of the guest runs."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str | None:

@@ -184,6 +184,8 @@ def test_the_recipe_is_plain_data(attach: Attach) -> None:
         Step("pid", "task", 0x84, 4, Check.PID),
         Step("comm", "task", 0xC0, 16, Check.NONE),
         Step("mm", "task", 0x60, 8, Check.KERNEL_POINTER_OR_NULL),
+        Step("leader", "task", member("task_struct.group_leader"), 8, Check.KERNEL_POINTER_OR_NULL),
+        Step("stack", "task", member("task_struct.stack"), 8, Check.KERNEL_POINTER_OR_NULL),
     )
     found = follow(recipe, guest.areas[0], lambda address, length: guest.read(address, length))
     assert found is not None and (found["pid"], found["tid"], found["comm"]) == (94, 95, b"worker".ljust(16, b"\0"))

@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from vmexit.guest import paging
 from vmexit.guest.linux import recipe as recipes
 from vmexit.guest.linux.profile import Profile
-from vmexit.guest.linux.recipe import COMM_LENGTH, HIGHEST_PID, Recipe, is_kernel_pointer
+from vmexit.guest.linux.recipe import COMM_LENGTH, HIGHEST_PID, THREAD_SIZE, Recipe, is_kernel_pointer
 from vmexit.guest.memory import UnreadableError, VirtualMemory, printable
 
-THREAD_SIZE = 0x4000
-"""A task's kernel stack (x86-64 without KASAN)."""
 _MOST_TASKS = 1 << 16
 _MOST_THREADS = 1 << 14
 _DEEPEST_PATH = 64

@@ -24,6 +24,8 @@ HIGHEST_PID = 4 << 20
 """PID_MAX_LIMIT."""
 COMM_LENGTH = 16
 """TASK_COMM_LEN."""
+THREAD_SIZE = 0x4000
+"""A task's kernel stack (x86-64 without KASAN)."""
 _IMAGE_SPACE = 1 << 30
 _MOST_CPUS = 8192
 _MASK64 = (1 << 64) - 1
@@ -46,7 +48,11 @@ class Check(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Reads ``size`` bytes at the value named ``source`` plus ``offset`` (modulo 2^64); little-endian, unless more than 8."""
+    """Reads ``size`` bytes at the value named ``source`` plus ``offset`` (modulo 2^64); little-endian, unless more than 8.
+
+    What a thread is known by has the same names for every system: ``task`` and ``leader`` (the addresses of thread and process),
+    ``tid``, ``pid``, ``comm`` (its name), ``stack`` (where its kernel stack begins), ``peb`` and ``teb``.
+    """
 
     result: str
     source: str
@@ -62,6 +68,12 @@ class Recipe:
     bases: tuple[int, ...]
     """Of the per-CPU areas, by the number that Linux gives a CPU (which need not be the vCPU's); 0: there is no such CPU."""
     steps: tuple[Step, ...]
+    root: int = 0
+    """The physical address of the kernel's own page tables, which map all of it."""
+    levels: int = 4
+    """Of these tables; 5 with CR4.LA57."""
+    stack_bytes: int = 0
+    """How long a kernel stack is, where a step finds one."""
 
 
 def is_kernel_pointer(value: int) -> bool:
@@ -88,8 +100,11 @@ def make_recipe(profile: Profile, slide: int, memory: VirtualMemory) -> Recipe:
         Step("pid", "task", profile.offset("task_struct.tgid"), 4, Check.PID),
         Step("comm", "task", profile.offset("task_struct.comm"), COMM_LENGTH),
         Step("mm", "task", profile.offset("task_struct.mm"), 8, Check.KERNEL_POINTER_OR_NULL),
+        Step("leader", "task", profile.offset("task_struct.group_leader"), 8, Check.KERNEL_POINTER_OR_NULL),
+        Step("stack", "task", profile.offset("task_struct.stack"), 8, Check.KERNEL_POINTER_OR_NULL),
     ]
-    return Recipe(_bases(profile, slide, memory, steps[0].offset), tuple(steps))
+    bases = _bases(profile, slide, memory, steps[0].offset)
+    return Recipe(bases, tuple(steps), memory.root, memory.levels, THREAD_SIZE)
 
 
 def _bases(profile: Profile, slide: int, memory: VirtualMemory, self_at: int) -> tuple[int, ...]:

@@ -11,9 +11,8 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from vmexit.guest.linux.processes import THREAD_SIZE
 from vmexit.guest.linux.profile import ProfileError
-from vmexit.guest.linux.recipe import is_kernel_pointer
+from vmexit.guest.linux.recipe import THREAD_SIZE, is_kernel_pointer
 from vmexit.guest.linux.running import Linux
 from vmexit.guest.memory import PAGE, UnreadableError
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.machines import linux
 from vmexit.guest.linux.cache import Cache
-from vmexit.guest.linux.recognise import Help
+from vmexit.guest.system import Help
 from vmexit.guest_view import GuestView
 from vmexit.setup.kernel import find_kernel
 

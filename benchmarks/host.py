@@ -2,13 +2,17 @@
 
 The load is a process on each CPU that sets timers as fast as it can, each a write of IA32_TSC_DEADLINE. The bare recorder
 does what `trace-cmd record` does and no more: it takes the same pages out of the same buffers and writes them to a file,
-unread. Both take turns in every round.
+unread. trace-cmd itself is the third, where it is installed and runs: it wants the function tracer's files, too, which some
+kernels open for nobody. All take turns in every round.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
+import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -26,7 +30,11 @@ from vmexit.targets.trace_pages import read_page
 
 ROUNDS = 3
 SECONDS = 2.0
+BUFFER_KB = 8192
+"""For each CPU, as vmexit has it."""
 _NAP_S = 0.05
+_BUFFER = "vmexit-bench"
+_TRACING = (Path("/sys/kernel/tracing"), Path("/sys/kernel/debug/tracing"))
 _LOAD = "import os, time; os.sched_setaffinity(0, {{{cpu}}})\nwhile True: time.sleep(1e-6)"
 _ALL = MsrSet.of_ranges([(0, 0xFFFF_FFFF)])
 
@@ -99,16 +107,48 @@ def _take(instance: Instance, file: int) -> None:
             os.write(file, data)
 
 
+class _CannotError(Exception):
+    """trace-cmd does not run here."""
+
+
+def _trace_cmd() -> Seen:
+    """`trace-cmd record` into a file, with buffers of the same size; its own report of what is in there."""
+    tracing = next(folder for folder in _TRACING if (folder / "instances").exists())
+    with tempfile.TemporaryDirectory() as folder:
+        file = f"{folder}/trace.dat"
+        record = ["trace-cmd", "record", "-B", _BUFFER, "-b", str(BUFFER_KB), "-e", "msr:write_msr", "-o", file]
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([*record, "sleep", str(SECONDS)], capture_output=True, text=True, timeout=60, check=False)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        with contextlib.suppress(OSError):
+            (tracing / "instances" / _BUFFER).rmdir()
+        report = subprocess.run(["trace-cmd", "report", "-i", file], capture_output=True, text=True, check=False).stdout
+    times = [float(time) for time in re.findall(r"(\d+\.\d+): write_msr:", report)]
+    if len(times) < 2:
+        raise _CannotError((done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"])[-1].strip())
+    lost = sum(map(int, re.findall(r"\[(\d+) EVENTS DROPPED\]", report)))
+    cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Seen(len(times), lost, max(times) - min(times), cpu_seconds)
+
+
 def main() -> None:
     """Print the table."""
     if not Path("/sys/devices/system/clockevents/clockevent0/current_device").exists() or os.geteuid() != 0:
         sys.exit("bench: this needs root on a Linux host")
     cases = {"a bare recorder, into a file": _bare, "vmexit host: every write a record, summed up": _vmexit}
+    if shutil.which("trace-cmd") is None:
+        print("trace-cmd is not there (apt install trace-cmd)")
+    else:
+        cases["trace-cmd record, into a file"] = _trace_cmd
     seen: dict[str, list[Seen]] = {name: [] for name in cases}
     with _load():
         for _ in range(ROUNDS):
-            for name, run in cases.items():
-                seen[name].append(run())
+            for name, run in list(cases.items()):
+                try:
+                    seen[name].append(run())
+                except _CannotError as error:
+                    print(f"trace-cmd does not run here: {error}")
+                    del cases[name], seen[name]
     print(f"{'':<46}{'events/s':>10}{'lost':>8}{'us of processor an event':>26}")
     for name, runs in seen.items():
         rate = statistics.median(run.events / run.seconds for run in runs)

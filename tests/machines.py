@@ -46,26 +46,28 @@ def need_kvm() -> None:
 
 
 def guest_arguments(
-    name: str, vcpus: int = 1, *, thread: str = "multi", machine: str = "microvm", **defines: int | str
+    name: str, vcpus: int = 1, *, thread: str = "multi", machine: str = "microvm", cpu: str | None = None, **defines: int | str
 ) -> tuple[Path, list[str]]:
     """The image of a bare-metal guest and QEMU's arguments for it. The firmware of microvm is short."""
     image = build(name, **defines)
     # Where KVM is itself emulated, it lacks what the default model has, and QEMU warns of that.
     accelerator = ["-cpu", "host"] if thread == "kvm" else ["-accel", f"tcg,thread={thread}"]
+    if cpu is not None and thread != "kvm":
+        accelerator += ["-cpu", cpu]
     return image, [*accelerator, *qemu_arguments(image, vcpus, machine=machine)]
 
 
 @contextmanager
 def guest(
-    name: str, vcpus: int = 1, *, thread: str = "multi", machine: str = "microvm", **defines: int | str
+    name: str, vcpus: int = 1, *, thread: str = "multi", machine: str = "microvm", cpu: str | None = None, **defines: int | str
 ) -> Iterator[tuple[Debugger, Path, Output]]:
     """A bare-metal guest, halted before its first instruction: its debugger, its image, what it prints.
 
-    ``thread``: how TCG runs it, or "kvm", which skips the test where there is none.
+    ``thread``: how TCG runs it, or "kvm", which skips the test where there is none. ``cpu``: QEMU's model for TCG.
     """
     if thread == "kvm":
         need_kvm()
-    image, arguments = guest_arguments(name, vcpus, thread=thread, machine=machine, **defines)
+    image, arguments = guest_arguments(name, vcpus, thread=thread, machine=machine, cpu=cpu, **defines)
     output = Output()
     with Debugger(Qemu(arguments, output=output, accelerator="kvm" if thread == "kvm" else "tcg")) as debugger:
         yield debugger, image, output

@@ -20,8 +20,7 @@ from vmexit import Debugger, LiveTrap, StopReason
 from vmexit.commands import registry
 from vmexit.commands.session import Session
 from vmexit.guest.linux.cache import Cache
-from vmexit.guest.linux.processes import Task
-from vmexit.guest.linux.recognise import Help, NotRecognisedError
+from vmexit.guest.system import Help, NotRecognisedError, Task
 from vmexit.guest_view import GuestView
 from vmexit.link.client import RequestError
 from vmexit.script.errors import UnknownGuestError
@@ -192,16 +191,17 @@ def check_who_runs_at_any_moment(boot: Boot) -> None:
                 assert task.pid == 0 or any(task.pid == each.pid for each in view.linux.tasks.processes().tasks)
             # By the page tables that the core happens to have, with what was found out before.
             anew = GuestView(debugger, cache=boot.cache)
-            assert anew.recognise(core).linux.slide == slide
+            anew.recognise(core)
+            assert anew.linux.slide == slide
     assert in_programs >= 6
 
 
 def check_by_memory_alone(boot: Boot, tmp_path: Path) -> None:
-    found = GuestView(boot.debugger, cache=Cache(tmp_path)).recognised
-    assert found.source == "the guest's memory"
-    assert found.linux.slide == boot.view.linux.slide
-    assert list(found.linux.profile.symbols) == list(boot.view.linux.profile.symbols)
-    assert found.linux.profile.offsets == boot.view.linux.profile.offsets
+    view = GuestView(boot.debugger, cache=Cache(tmp_path))
+    assert view.recognised.source == "the guest's memory"
+    assert view.linux.slide == boot.view.linux.slide
+    assert list(view.linux.profile.symbols) == list(boot.view.linux.profile.symbols)
+    assert view.linux.profile.offsets == boot.view.linux.profile.offsets
 
 
 def check_by_a_system_map(boot: Boot, tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def check_by_a_system_map(boot: Boot, tmp_path: Path) -> None:
     path.write_text("".join(f"{symbol.address:016x} {symbol.kind} {symbol.name}\n" for symbol in rows))
     found = GuestView(boot.debugger, given=Help(system_map=path), cache=Cache(Path("/dev/null/nowhere"))).recognised
     assert (found.source, found.remarks) == (str(path), ())
-    assert found.linux.tasks.find(1) is not None
+    assert found.system.tasks.find(1) is not None
 
 
 def check_what_the_commands_show(boot: Boot) -> None:

@@ -69,12 +69,14 @@ def test_wheel_from_source_distribution(project: Path, tmp_path: Path) -> None:
         agent = tmp_path / "agent.so"
         agent.write_bytes(archive.read("vmexit/agent/agent.so"))
     assert {"vmexit/py.typed", "vmexit/agent/wire.h", "vmexit/setup/kernel.py", "vmexit/msr/data/5-amd.txt"} <= names
+    assert "vmexit/guest/windows/offsets.toml" in names
     assert {name.rpartition(".")[2] for name in names if name.startswith("vmexit/")} == {
         "py",
         "typed",
         "h",
         "so",
         "txt",
+        "toml",
         "md",
     }
     assert "vmexit = vmexit.cli:main" in points

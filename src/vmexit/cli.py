@@ -139,6 +139,7 @@ def _add_session_options(parser: argparse.ArgumentParser) -> None:
     kernel.add_argument("--kernel-image", dest="image", metavar="FILE", type=Path, help="the guest's Linux kernel (bzImage)")
     kernel.add_argument("--vmlinux", dest="image", metavar="FILE", type=Path, help="the same, unpacked")
     parser.add_argument("--system-map", metavar="FILE", type=Path, help="its System.map; none of them is needed as a rule")
+    parser.add_argument("--pdb", metavar="FILE", type=Path, help="of a Windows guest's kernel: ntkrnlmp.pdb")
     parser.add_argument("--no-recognition", action="store_true", help="do not find out by itself which system the guest is")
 
 
@@ -266,14 +267,14 @@ def _pid_typed(text: str) -> int:
 def _run(parsed: argparse.Namespace, **options: Any) -> int:
     from vmexit.console.run import Options, run
     from vmexit.console.screen import OutputGoneError
-    from vmexit.guest.linux.recognise import Help
+    from vmexit.guest.system import Help
 
-    for path in (parsed.image, parsed.system_map):
+    for path in (parsed.image, parsed.system_map, parsed.pdb):
         if path is not None and not path.is_file():
             raise UsageError(f"there is no file {path}")
     commands = [command for kind, value in parsed.given or [] for command in _given(kind, value)]
     try:
-        given = Help(parsed.image, parsed.system_map)
+        given = Help(parsed.image, parsed.system_map, parsed.pdb)
         return run(Options(commands=commands, batch=parsed.batch, given=given, recognises=not parsed.no_recognition, **options))
     except OutputGoneError as gone:
         if isinstance(gone.error, BrokenPipeError):

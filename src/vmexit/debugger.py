@@ -11,31 +11,30 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal
+from typing import Unpack
 
 import numpy as np
 
 from vmexit.errors import LinkError, TargetError, VmexitError
 from vmexit.events.event import Callback, Event
-from vmexit.events.msrs import UNNAMED_READS, UNNAMED_WRITES, MsrSet
 from vmexit.events.table import EventTable
 from vmexit.guest.disassembly import Mode, mode_of
 from vmexit.guest.linux.recipe import Recipe
 from vmexit.guest_view import GuestView
+from vmexit.hooks import HookOptions, Msr, make_event
 from vmexit.link.client import RequestError
 from vmexit.link.rings import Records, are_alike
-from vmexit.link.wire import Access, Action, Stage, Status
-from vmexit.msr import address_of
+from vmexit.link.wire import Access, Action, Status
 from vmexit.names import Names
 from vmexit.prints import Printed, printed
 from vmexit.processes import ThreadNames
 from vmexit.program import Program, check
 from vmexit.recognition import OWN, Recognition
-from vmexit.recording import Recording, Summary
+from vmexit.recording import Summary
 from vmexit.script.compile import CompiledScript, Compiler
 from vmexit.script.runtime import DEFAULT_STACK, DEFAULT_STEPS, Runtime, check_limits
 from vmexit.targets.base import Notice, NoticeKind, Target
-from vmexit.trap import LiveTrap, Registers, Trap, traps_of
+from vmexit.trap import LiveTrap, Registers, Trap, first_questions, traps_of
 
 # How long the debugger sleeps when nothing calls it: records that need not be seen at once wait no longer than this.
 _POLL_S = 0.05
@@ -45,7 +44,6 @@ _RECORD = int(Action.RECORD)  # an operation on plain numbers takes a tenth of t
 _ASK = int(Action.ASK)
 _TEXT = int(Action.PRINT | Action.FAULT)
 _NOTICES_S = 0.01
-_KEPT = 200_000
 
 
 class State(enum.Enum):
@@ -127,6 +125,8 @@ class Debugger:
         self.listeners: list[Listener] = []
         self.record_listeners: list[RecordListener] = []
         self.print_listeners: list[PrintListener] = []
+        self.at_close: list[Callable[[], None]] = []
+        """Called once, before the debugger lets go of the machine; not under its lock."""
         self.guest = GuestView(self)
         """What is known of the system that runs in the guest."""
         self.names = Names(self)
@@ -140,6 +140,8 @@ class Debugger:
         """The process that events are about which are made without naming one; None: all of them."""
         self.thread_names = ThreadNames()
         """Of the guest's threads that traps have named."""
+        self.code_failures = 16
+        """So many runs of an event's machine code that fail in a row disable it; 0: none do."""
         self.started_ns: int | None = None
         """When the machine first ran, by the clock of Trap.time_ns; None: it has not."""
         self.overflow = Overflow.DROP if target.only_looks else Overflow.WAIT
@@ -175,6 +177,8 @@ class Debugger:
 
     def close(self) -> None:
         """Ends a machine that vmexit has started, and nothing of it is left behind; lets go of any other."""
+        while self.at_close:
+            self.at_close.pop()()
         with self.lock:
             self.state = State.ENDED
             self.target.close()
@@ -184,10 +188,7 @@ class Debugger:
     def add(self, event: Event) -> Event:
         """Takes in an event; it holds from the next instruction on. Raises VmexitError, with the reason, if it cannot be."""
         with self.lock:
-            event.check()
-            self._check_alive()
-            target = self.target
-            check(event, target.link.capabilities, target.vcpus, target.name, target.untrappable, target.only_looks)
+            self._check(event)
             self.events.add(event)
             self._rings.clear_hits(event.slot)
             try:
@@ -197,93 +198,22 @@ class Debugger:
                 raise
         return event
 
-    def on_msr_write(
-        self,
-        msr: int | str | range | None = None,
-        callback: Callback | None = None,
-        *,
-        core: int | None = None,
-        pid: int | Literal["all"] | None = None,
-        stage: Stage = Stage.PRE,
-        script: str | CompiledScript | None = None,
-        short_circuit: bool = False,
-        immediate: bool = False,
-        with_process: bool = False,
-        keep: int = _KEPT,
-    ) -> Event:
-        """Traps WRMSR: calls ``callback`` with each, runs ``script`` at each, or both; else records it.
+    def _check(self, event: Event) -> None:
+        event.check()
+        self._check_alive()
+        target = self.target
+        check(event, target.link.capabilities, target.vcpus, target.name, target.untrappable, target.only_looks)
 
-        ``msr``: one address, a name ("LSTAR"), a range of addresses, or None for all but those that are written all the time
-        (events.msrs). ``core``: a vCPU's index, None for all. ``pid``: a process of the guest's; None for the attached one, where
-        there is one, else all. ``script``: text of the script language, which runs in the vCPU's thread, before the callback;
-        what it prints goes to ``print_listeners``. ``with_process``: records tell process and thread (Trap.pid). ``keep``: so
-        many of the newest records stay in ``event.recording``; none with a callback or script. Raises VmexitError where it
-        cannot be, ScriptError (one of these) for a script that does not compile.
+    def on_msr_write(self, msr: Msr = None, callback: Callback | None = None, **options: Unpack[HookOptions]) -> Event:
+        """Traps WRMSR: calls ``callback`` with each, runs a script or code, or all of it; else records it (hooks.HookOptions).
+
+        Raises VmexitError where it cannot be, ScriptError and CodeError (two of these) for text that is no script or no code.
         """
-        return self._on_access(
-            Access.WRMSR, msr, callback, core, pid, stage, script, short_circuit, immediate, with_process, keep
-        )
+        return self.add(make_event(self, Access.WRMSR, msr, callback, options))
 
-    def on_msr_read(
-        self,
-        msr: int | str | range | None = None,
-        callback: Callback | None = None,
-        *,
-        core: int | None = None,
-        pid: int | Literal["all"] | None = None,
-        stage: Stage = Stage.PRE,
-        script: str | CompiledScript | None = None,
-        short_circuit: bool = False,
-        immediate: bool = False,
-        with_process: bool = False,
-        keep: int = _KEPT,
-    ) -> Event:
+    def on_msr_read(self, msr: Msr = None, callback: Callback | None = None, **options: Unpack[HookOptions]) -> Event:
         """Traps RDMSR; as on_msr_write. What was read is to be seen, and changed, in Stage.POST."""
-        return self._on_access(
-            Access.RDMSR, msr, callback, core, pid, stage, script, short_circuit, immediate, with_process, keep
-        )
-
-    def _on_access(
-        self,
-        access: Access,
-        msr: int | str | range | None,
-        callback: Callback | None,
-        core: int | None,
-        pid: int | Literal["all"] | None,
-        stage: Stage,
-        script: str | CompiledScript | None,
-        short_circuit: bool,
-        immediate: bool,
-        with_process: bool,
-        keep: int,
-    ) -> Event:
-        if isinstance(script, str):
-            script = self.compiler.compile(script)
-        action = (Action.ASK if callback else Action(0)) | (Action.SCRIPT if script else Action(0))
-        if msr is None:
-            noise = self.target.only_looks.noise if self.target.only_looks else ()
-            msrs = MsrSet.all_but((*(UNNAMED_WRITES if access == Access.WRMSR else UNNAMED_READS), *noise))
-        elif isinstance(msr, int | str):
-            msrs = MsrSet.of(msr if isinstance(msr, int) else address_of(msr))
-        else:
-            msrs = MsrSet.of_ranges([(msr.start, msr.stop - 1)]) if msr.step == 1 else MsrSet.of(*msr)
-        return self.add(
-            Event(
-                access=access,
-                msrs=msrs,
-                stage=stage,
-                core=core,
-                process=self.attached if pid is None else None if pid == "all" else pid,
-                with_process=with_process,
-                action=action or Action.RECORD,
-                callback=callback,
-                script=script,
-                short_circuit=short_circuit,
-                immediate=immediate,
-                text=f"on_msr_{'write' if access == Access.WRMSR else 'read'}({msrs})",
-                recording=None if action else Recording(keep),
-            )
-        )
+        return self.add(make_event(self, Access.RDMSR, msr, callback, options))
 
     def enable(self, event: Event, enabled: bool = True) -> None:
         """Enables or disables an event, from the next instruction on."""
@@ -295,6 +225,22 @@ class Debugger:
                 self._push()
             except BaseException:
                 event.enabled = was
+                raise
+
+    def rework(self, event: Event, **changes: object) -> None:
+        """Makes an event another (action, callback, enabled, ...), from the next instruction on; or raises, and leaves it."""
+        with self.lock:
+            self._program.sync()
+            self._check_present(event)
+            before = {name: getattr(event, name) for name in changes}
+            try:
+                for name, change in changes.items():
+                    setattr(event, name, change)
+                self._check(event)
+                self._push()
+            except BaseException:
+                for name, was in before.items():
+                    setattr(event, name, was)
                 raise
 
     def clear(self, event: Event) -> None:
@@ -432,6 +378,18 @@ class Debugger:
             self._check_alive()
             self.target.link.write_memory(core, address, data, physical=physical)
             self.guest.forget()
+
+    def read_msr(self, msr: int | str, core: int | None = None) -> int:
+        """What RDMSR would give on that vCPU of a halted machine. Raises MsrError where it would fault, or nothing is known."""
+        from vmexit.msr_access import read_msr
+
+        return read_msr(self, msr, self._existing(core))
+
+    def write_msr(self, msr: int | str, value: int, core: int | None = None) -> None:
+        """Does what WRMSR would do on that vCPU of a halted machine. Raises MsrError where it would fault."""
+        from vmexit.msr_access import write_msr
+
+        write_msr(self, msr, value, self._existing(core))
 
     def code_mode(self, core: int | None = None) -> Mode:
         """How wide the code is that a vCPU executes, as far as CR0 and EFER tell (disassembly.mode_of)."""
@@ -688,20 +646,26 @@ class Debugger:
         if action == Action.NAME:
             self.thread_names.learn(records, self._rings)
             return
-        self.summary.add(records, alike=alike)
+        counted = first_questions(records) if action == _ASK else records
+        if len(counted):
+            self.summary.add(counted, alike=alike)
         if action == _RECORD:
-            self._keep(records, alike=alike)
-            for listener in list(self.record_listeners):
-                with self._keeping_errors():
-                    listener(records)
-            if self.listeners:
-                self._tell(list(traps_of(records)))
+            self.tell_records(records, alike=alike)
             return
         for trap in traps_of(records):
             if action == Action.ASK:
                 self._ask(trap)
             else:
                 self._breaks.append(trap)
+
+    def tell_records(self, records: Records, *, alike: bool) -> None:
+        """Keeps records of events, and hands them to all who listen; ``alike``: they are known to be (are_alike)."""
+        self._keep(records, alike=alike)
+        for listener in list(self.record_listeners):
+            with self._keeping_errors():
+                listener(records)
+        if self.listeners:
+            self._tell(list(traps_of(records)))
 
     def _print(self, records: Records) -> None:
         for text in printed(records, self._rings, self._program.scripts):
@@ -741,17 +705,18 @@ class Debugger:
         values = self._rings.question_registers(trap.core)
         live = LiveTrap(trap, values.copy(), self, self.guest)
         event = self.events.get(trap.event)
-        changed, skip, halt = 0, trap.skipped, False
+        changed, skip, halt, script, again = 0, trap.skipped, False, False, False
         # After an exception the rest of the batch is answered without asking: the vCPUs wait.
         if event is not None and event.callback is not None and self._error is None:
             self.guest.at_trap(trap.core)
             try:
                 event.callback(live)
                 changed, skip, halt, values = live.changed, live.short_circuit, live.halting, live.values
+                script, again = live.runs_script, live.asks_again
             except BaseException as error:
                 self._error, halt = error, True
             self.guest.after_trap()
-        self._rings.answer(trap.core, trap.sequence + self._own_asked, values, changed, skip, halt)
+        self._rings.answer(trap.core, trap.sequence + self._own_asked, values, changed, skip, halt, script, again)
         self._answered = True
 
     # ---- stops ----
@@ -770,7 +735,8 @@ class Debugger:
         else:
             self._breaks.clear()
             if notice.kind == NoticeKind.RESET:
-                self.guest.reset()
+                with contextlib.suppress(LinkError):  # it has ended, which comes out elsewhere
+                    self.guest.reset()
                 self.recognition.reset()
             self._notify(notice)
 

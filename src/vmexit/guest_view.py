@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from vmexit.errors import VmexitError
 from vmexit.guest.linux.cache import Cache
-from vmexit.guest.linux.processes import Task
-from vmexit.guest.linux.profile import ProfileError
 from vmexit.guest.linux.recipe import is_kernel_pointer
-from vmexit.guest.linux.recognise import Help, NotRecognisedError, Recognised, recognise
 from vmexit.guest.linux.running import Linux
-from vmexit.guest.linux.stack import Frame, Stacks
 from vmexit.guest.memory import UnreadableError
+from vmexit.guest.recognise import recognise
 from vmexit.guest.symbols import Place
+from vmexit.guest.system import Frame, Help, NotRecognisedError, Recognised, System, Task
 from vmexit.link.client import RequestError
 from vmexit.link.wire import Status
 from vmexit.script.errors import UnknownGuestError
@@ -83,7 +81,6 @@ class GuestView:
         """Stands for the callback that asks, as a Stop does for a machine that is halted."""
         self._read_at: object = None
         """The stop or callback that what has been read belongs to."""
-        self._stacks: Stacks | None = None
 
     @property
     def given(self) -> Help:
@@ -97,22 +94,22 @@ class GuestView:
 
     def reset(self) -> None:
         """Another system may be running now: it is recognised anew when it is next asked for."""
-        self._found = self._failed = self._stacks = None
+        self._found = self._failed = None
         self._debugger.set_recipe(None)
 
     def _tell_agent(self) -> None:
         """Has the agent know which process runs, as soon as the kernel has come so far that it can be known."""
         recipe = None
         if self._found is not None:
-            with contextlib.suppress(ProfileError):
-                recipe = self._found.linux.recipe
+            with contextlib.suppress(VmexitError):
+                recipe = self._found.system.recipe
         self._debugger.set_recipe(recipe)
 
     def forget(self) -> None:
         """Memory has changed: nothing of it that was read before counts any more."""
         self._read_at = None
         if self._found is not None:
-            self._found.linux.forget()
+            self._found.system.forget()
 
     def at_trap(self, core: int) -> None:
         """A callback may be about to ask, while its vCPU waits and the others run: what was read before counts no more."""
@@ -138,7 +135,7 @@ class GuestView:
 
         ``lstar``: what the guest has just given, or is about to give, IA32_LSTAR; its kernel is complete by then.
         """
-        self._found = self._failed = self._stacks = None
+        self._found = self._failed = None
         self._read_at = self._now
         try:
             self._found = recognise(self._machine, self._core(core), given=self._given, lstar=lstar, cache=self._cache)
@@ -147,7 +144,6 @@ class GuestView:
             raise
         finally:
             self._tell_agent()
-        self._stacks = Stacks(self._found.linux)
         return self._found
 
     def at_lstar(self, core: int, lstar: int) -> str | None:
@@ -159,16 +155,16 @@ class GuestView:
         self.at_trap(core)
         self.forget()
         before = self._found
-        if before is not None and before.linux.is_entered_at(lstar) and before.linux.is_still_there():
+        if before is not None and before.system.is_entered_at(lstar) and before.system.is_still_there():
             self._tell_agent()
             return None
         try:
             found = self.recognise(core, lstar=lstar)
         except NotRecognisedError as error:
             return "; ".join((str(error), *error.remarks))
-        if before is not None and before.linux.is_same(found.linux):
+        if before is not None and before.system.is_same(found.system):
             return None  # which gives SYSCALL another way than its own
-        return "; ".join((found.linux.describe(), *found.remarks))
+        return "; ".join((found.system.describe(), *found.remarks))
 
     @property
     def is_known(self) -> bool:
@@ -178,7 +174,7 @@ class GuestView:
     @property
     def seen(self) -> object:
         """Another object whenever known_name may give other names than before; None: it gives none."""
-        return None if self._found is None else self._found.linux.seen_modules
+        return None if self._found is None else self._found.system.seen_modules
 
     def summary(self) -> str:
         """One line: what runs, or why nothing is known. Raises LinkError."""
@@ -186,7 +182,7 @@ class GuestView:
             found = self.recognised
         except NotRecognisedError as error:
             return "; ".join((str(error), *error.remarks))
-        return "; ".join((found.linux.describe(), *found.remarks))
+        return "; ".join((found.system.describe(), *found.remarks))
 
     @property
     def recognised(self) -> Recognised:
@@ -196,8 +192,8 @@ class GuestView:
         if self._found is not None:
             if not is_new:
                 return self._found
-            self._found.linux.forget()
-            if self._found.linux.is_still_there():
+            self._found.system.forget()
+            if self._found.system.is_still_there():
                 if not self._debugger.knows_processes:
                     self._tell_agent()
                 return self._found
@@ -206,15 +202,23 @@ class GuestView:
         return self.recognise()
 
     @property
-    def linux(self) -> Linux:
-        """The Linux that runs now. Raises as ``recognised`` does."""
-        return self.recognised.linux
+    def system(self) -> System:
+        """The system that runs now. Raises as ``recognised`` does."""
+        return self.recognised.system
 
     @property
-    def known(self) -> Linux | None:
-        """The same, or None where nothing is known. Raises LinkError."""
+    def linux(self) -> Linux:
+        """The Linux that runs now. Raises as ``recognised`` does, also where it is another system."""
+        system = self.system
+        if not isinstance(system, Linux):
+            raise NotRecognisedError(f"no Linux: it is {system.describe()}")
+        return system
+
+    @property
+    def known(self) -> System | None:
+        """The system, or None where nothing is known. Raises LinkError."""
         try:
-            return self.linux
+            return self.system
         except NotRecognisedError:
             return None
 
@@ -225,13 +229,13 @@ class GuestView:
         if self._found is None or not is_kernel_pointer(address & ~7):
             return None
         try:
-            return self.linux.memory.read(address, length)
+            return self.system.memory.read(address, length)
         except (NotRecognisedError, UnreadableError):
             return None
 
     def known_name(self, address: int) -> Place | None:
         """The name of an address as far as it is known without looking at the guest, which may run."""
-        return None if self._found is None else self._found.linux.known_name(address)
+        return None if self._found is None else self._found.system.known_name(address)
 
     def symbol(self, name: str) -> int | None:
         """The address of a symbol for a script, also while the guest runs; None: there is none of that name.
@@ -243,9 +247,9 @@ class GuestView:
         if self._debugger.is_running and self._callback is None:
             if self._found is None:
                 raise UnknownGuestError("the guest is not recognised yet")
-            return self._found.linux.known_address(name)
+            return self._found.system.known_address(name)
         try:
-            return self.linux.address_of(name)
+            return self.system.address_of(name)
         except NotRecognisedError as error:
             raise UnknownGuestError(f"the guest is not recognised yet: {error.reason}") from None
         except VmexitError:
@@ -260,32 +264,32 @@ class GuestView:
 
     def name_of(self, address: int) -> Place | None:
         """What lies at an address: "native_write_msr+0x4 [kernel]". None: nothing that is known."""
-        linux = self.known
-        return linux.name_of(address) if linux else None
+        system = self.known
+        return system.name_of(address) if system else None
 
     def address_of(self, name: str) -> int | None:
         """Of a symbol: "schedule", "kernel!schedule", "nt!schedule", "msr!msr_write"; None: nothing that is known."""
         if not _PLAIN_SYMBOL.fullmatch(name):
             return None
-        linux = self.known
-        return linux.address_of(name) if linux else None
+        system = self.known
+        return system.address_of(name) if system else None
 
     def current(self, core: int | None = None) -> Task | None:
         """The thread that a vCPU (by default the current one) executes; None: not known."""
-        linux = self.known
+        system = self.known
         core = self._core(core)
-        return linux.current(core, self._machine.registers(core)) if linux else None
+        return system.current(core, self._machine.registers(core)) if system else None
 
     def frames(self, core: int | None = None) -> list[Frame]:
         """Who called whom on a vCPU. Raises NotRecognisedError."""
-        self.linux  # noqa: B018 - it may have to be recognised anew
-        assert self._stacks is not None
-        return list(self._stacks.frames(self._machine.registers(self._core(core))))
+        return list(self.recognised.stacks.frames(self._machine.registers(self._core(core))))
 
     def caller(self, core: int | None = None) -> Caller | None:
         """What the function that a vCPU executes returns to; None: not known."""
-        if self.known is None or self._stacks is None:
+        try:
+            stacks = self.recognised.stacks
+        except NotRecognisedError:
             return None
-        frames = self._stacks.frames(self._machine.registers(self._core(core)))
+        frames = stacks.frames(self._machine.registers(self._core(core)))
         found = next(islice(frames, 1, None), None)
         return Caller(found.address, self.name_of(found.address), found.is_guess) if found else None

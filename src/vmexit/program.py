@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from vmexit.errors import LinkError, VmexitError
 from vmexit.events.event import Event, EventError
@@ -17,7 +18,11 @@ from vmexit.script.compile import CompiledScript
 from vmexit.script.runtime import sealed_file
 from vmexit.targets.base import OnlyLooks, Untrappable
 
+if TYPE_CHECKING:
+    from vmexit.usercode.buffer import Buffer
+
 _TRIES = 1000
+_Key = tuple[CompiledScript, "Buffer | None"]
 
 # What it is called, and the option of a command line that asks for it.
 _NEEDS = {
@@ -39,7 +44,7 @@ def needed(event: Event) -> Capability:
         capabilities |= Capability.SKIP
     if event.action & Action.BREAK:
         capabilities |= Capability.BREAK
-    if event.action & Action.ASK:
+    if event.action & Action.ASK or event.condition is not None:
         capabilities |= Capability.READ
     if event.action & Action.SCRIPT:
         capabilities |= Capability.MODIFY
@@ -62,6 +67,8 @@ def check(
         missing &= ~Capability.MEMORY
     if only_looks is not None and event.stage & Stage.PRE:
         raise EventError("stage", f"stage pre is not possible here: {only_looks.reason}")
+    if event.filter is not None and event.filter.changed and only_looks is not None:
+        raise EventError("changed", f"'changed' is not possible here: {only_looks.reason}")
     for capability, (what, option) in _NEEDS.items():
         if missing & capability and only_looks is not None:
             hint = "; 'log' prints each access" if capability == Capability.BREAK else ""
@@ -84,8 +91,8 @@ def check(
         raise VmexitError(f"an event can name {wire.MAX_RANGES} separate ranges of MSRs, not {len(event.msrs.ranges)}")
 
 
-def lower(event: Event, script: int = 0) -> bytes:
-    """The event's struct vmexit_event; ``script``: the number that the agent knows its script by, 0 where it has none."""
+def lower(event: Event, script: int = 0, condition: int = 0) -> bytes:
+    """The event's struct vmexit_event; ``script``, ``condition``: the numbers that the agent knows these by, 0 for none."""
     flags = EventFlag(0)
     if event.enabled:
         flags |= EventFlag.ENABLED
@@ -95,6 +102,8 @@ def lower(event: Event, script: int = 0) -> bytes:
         flags |= EventFlag.IMMEDIATE
     if event.with_process or (event.script is not None and event.script.asks_process):
         flags |= EventFlag.WITH_PROCESS
+    if event.asks_first:
+        flags |= EventFlag.ASK_FIRST
     return wire.pack(
         "event",
         id=event.number + 1,  # the wire's 0 means none
@@ -106,8 +115,10 @@ def lower(event: Event, script: int = 0) -> bytes:
         core=wire.ALL_CORES if event.core is None else event.core,
         process=wire.ALL_PROCESSES if event.process is None else event.process,
         script=script,
+        condition=condition,
         range_count=len(event.msrs.ranges),
         ranges=[{"first": first, "last": last} for first, last in event.msrs.ranges],
+        **(event.filter.wire() if event.filter is not None else {}),
     )
 
 
@@ -121,7 +132,8 @@ class Program:
         """The debugger's own event, number -1, which is none of the table's and acts before them. The agent may not take it."""
         self._link = link
         self._events = events
-        self._numbers: dict[CompiledScript, int] = {}
+        self._numbers: dict[_Key, int] = {}
+        self._buffers: dict[int, Buffer | None] = {}
         self._there: set[int] = set()
         self._changes = 0
         self._recipe = b""
@@ -143,11 +155,12 @@ class Program:
         for _ in range(_TRIES):
             self.sync()
             events = [*self._own_events(), *self._events]
-            numbers = [self._number(event.script) for event in events]
-            for number in set(numbers) - self._there - {0}:
+            numbers = [(self._number(event.script, event.buffer), self._number(event.condition)) for event in events]
+            wanted = {number for pair in numbers for number in pair} - {0}
+            for number in wanted - self._there:
                 self._add_script(number)
             try:
-                lowered = [lower(event, number) for event, number in zip(events, numbers, strict=True)]
+                lowered = [lower(event, *pair) for event, pair in zip(events, numbers, strict=True)]
                 self._link.set_events(lowered, self._changes)
             except RequestError as error:
                 if error.status == Status.STALE:
@@ -156,7 +169,8 @@ class Program:
                     raise
                 self.own = None
             else:
-                self._there = set(numbers)
+                self._there = wanted
+                self._drop_buffers(wanted)
                 return
         raise LinkError("scripts change events all the time; halt the machine first (pause)")
 
@@ -185,19 +199,28 @@ class Program:
             changed.append(event)
         return changed
 
-    def _number(self, script: CompiledScript | None) -> int:
+    def _number(self, script: CompiledScript | None, buffer: Buffer | None = None) -> int:
         if script is None:
             return 0
-        if script not in self._numbers:
-            number = self._numbers[script] = len(self._numbers) + 1
+        key = script, buffer
+        if key not in self._numbers:
+            number = self._numbers[key] = len(self._numbers) + 1
             self.scripts[number] = script
-        return self._numbers[script]
+            self._buffers[number] = buffer
+        return self._numbers[key]
+
+    def _drop_buffers(self, wanted: set[int]) -> None:
+        """Lets go of the buffers of events that are no more: they may be large."""
+        for key, number in list(self._numbers.items()):
+            if key[1] is not None and number not in wanted:
+                del self._numbers[key], self._buffers[number]
 
     def _add_script(self, number: int) -> None:
-        script = self.scripts[number]
+        script, buffer = self.scripts[number], self._buffers[number]
         file = sealed_file(script.code, script.constants)
+        with_buffer = None if buffer is None else (buffer.fileno(), buffer.size)
         try:
-            self._link.add_script(number, file, script.entry, len(script.code), len(script.constants))
+            self._link.add_script(number, file, script.entry, len(script.code), len(script.constants), with_buffer)
         finally:
             os.close(file)
         self._there.add(number)

@@ -89,9 +89,9 @@ class Recognition:
             return
         was_known = view.is_known
         try:
-            linux = view.known
-            if linux is not None:
-                linux.look_at_modules()
+            system = view.known
+            if system is not None:
+                system.look_at_modules()
                 if not was_known:
                     self._tell(view.summary())
         except VmexitError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -13,9 +14,8 @@ from vmexit.link.rings import Records
 from vmexit.link.wire import RECORD, Access, Action, RecordFlag, Stage, constant, offset
 
 if TYPE_CHECKING:
-    from vmexit.guest.linux.processes import Task
-    from vmexit.guest.linux.stack import Frame
     from vmexit.guest.symbols import Place
+    from vmexit.guest.system import Frame, Task
     from vmexit.guest_view import Caller, GuestView
 
 _ACCESS = {int(access): access for access in Access}
@@ -23,6 +23,7 @@ _STAGE = {int(stage): stage for stage in Stage}
 _ACTION = {int(action): action for action in Action}
 _SKIPPED = {flags for flags in map(RecordFlag, range(int(~RecordFlag(0)) + 1)) if RecordFlag.SKIPPED in flags}
 _FLAGS = [RecordFlag(flags) for flags in range(int(~RecordFlag(0)) + 1)]
+_AGAIN = int(RecordFlag.AGAIN)
 _MASK32, _MASK64 = 0xFFFF_FFFF, 0xFFFF_FFFF_FFFF_FFFF
 _RAX, _RCX, _RDX = constant("RAX"), constant("RCX"), constant("RDX")
 
@@ -61,24 +62,27 @@ class Trap(NamedTuple):
         return self.flags in _SKIPPED
 
 
-# The fields of a record that make a trap.
+# The fields of a record that make a trap, in the order of both.
 _NAMES = (
     *("sequence", "time_ns", "rip", "rsp", "value", "msr", "event", "vcpu", "access", "stage", "action", "flags", "length"),
     *("process", "thread"),
 )
-_FIELDS = np.dtype(
-    {
-        "names": _NAMES,
-        "formats": [RECORD[name] for name in _NAMES],
-        "offsets": [offset("record", name) for name in _NAMES],
-        "itemsize": RECORD.itemsize,
-    }
-)
+
+
+def _layout() -> struct.Struct:
+    described, end = "<", 0
+    for name in _NAMES:
+        described += f"{offset('record', name) - end}x" + {1: "B", 2: "H", 4: "I", 8: "Q"}[RECORD[name].itemsize]
+        end = offset("record", name) + RECORD[name].itemsize
+    return struct.Struct(f"{described}{RECORD.itemsize - end}x")
+
+
+_RECORD = _layout()  # numpy takes ten times as long to make Python's numbers of one record
 
 
 def traps_of(records: Records) -> Iterator[Trap]:
     """The traps that records of the wire stand for."""
-    for each in records.view(_FIELDS).tolist():
+    for each in _RECORD.iter_unpack(records.tobytes()):
         sequence, time, rip, rsp, value, msr, event, core, access, stage, action, flags, length, pid, tid = each
         yield Trap(
             sequence,
@@ -105,6 +109,15 @@ def record_of(trap: Trap) -> Records:
     for name, value in zip(_NAMES, trap._replace(event=trap.event + 1), strict=True):
         record[name] = int(value)
     return record
+
+
+def first_questions(records: Records) -> Records:
+    """Of questions those that are the first that their event tells of their trap."""
+    # Mostly there is one, and for one numpy is slow.
+    if len(records) == 1:
+        return records[:0] if int(records["flags"][0]) & _AGAIN else records
+    found: Records = records[(records["flags"] & _AGAIN) == 0]
+    return found
 
 
 class Memory(Protocol):
@@ -160,6 +173,10 @@ class LiveTrap:
         """Bit n set: values[n] is not what the guest had."""
         self.short_circuit = trap.skipped
         self.halting = False
+        self.runs_script = False
+        """The event's script is to be run once the callback has returned; only with Event.asks_first."""
+        self.asks_again = False
+        """Then the callback is to be called once more (RecordFlag.AGAIN); only with Event.asks_first."""
         self._registers: Registers | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -169,7 +186,8 @@ class LiveTrap:
         self.values[number] = value
         self.changed |= 1 << number
 
-    def _set(self, number: int, value: int) -> None:
+    def change(self, number: int, value: int) -> None:
+        """Gives the guest another value of one of the wire's registers that are in ``values``."""
         self._write(number, value)
         self._registers = None  # it has the old value
 
@@ -209,7 +227,7 @@ class LiveTrap:
     def msr(self, msr: int) -> None:
         if not 0 <= msr <= 0xFFFF_FFFF:
             raise ValueError(f"an MSR is a number from 0 to ffffffffh, not {msr:#x}")
-        self._set(_RCX, msr)
+        self.change(_RCX, msr)
 
     @property
     def value(self) -> int:
@@ -220,8 +238,8 @@ class LiveTrap:
     def value(self, value: int) -> None:
         if not 0 <= value <= _MASK64:
             raise ValueError(f"an MSR holds 64 bits; {value:#x} is no such value")
-        self._set(_RAX, value & _MASK32)
-        self._set(_RDX, value >> 32)
+        self.change(_RAX, value & _MASK32)
+        self.change(_RDX, value >> 32)
 
     @property
     def symbol(self) -> Place | None:

@@ -209,6 +209,24 @@ static uint64_t *msr_place(struct cpu *cpu, uint32_t number)
     return &cpu->msrs[cpu->msr_count++].value;
 }
 
+void *kept_msr(struct cpu *cpu, uint32_t number, size_t *size)
+{
+    *size = 8;
+    if (number - 0x200 < 16)
+        return &cpu->mtrr_var[number - 0x200];
+    switch (number) {
+    case 0xc0000081:
+        return &cpu->star;
+    case 0xc0000082:
+        return &cpu->lstar;
+    case 0x174:
+        *size = 4;
+        return &cpu->sysenter_cs;
+    default:
+        return NULL;
+    }
+}
+
 static void push(struct cpu *cpu, uint64_t value)
 {
     cpu->env.regs[RSP] -= 8;
@@ -249,7 +267,11 @@ static uint64_t write_msr(struct cpu *cpu, uint64_t rip, uint64_t next)
         push(cpu, 0); /* error code */
         return guest.fault_handler ? guest.fault_handler : end_program(cpu, rip);
     }
+    size_t size;
+    void *kept = kept_msr(cpu, number, &size);
     *msr_place(cpu, number) = value;
+    if (kept)
+        memcpy(kept, &value, size);
     if (guest.logs)
         say("wrmsr %u %x %llx %llx", cpu->index, number, (unsigned long long)value, (unsigned long long)rip);
     if (number != INTERRUPTING_MSR)
@@ -262,6 +284,10 @@ static uint64_t read_msr(struct cpu *cpu, uint64_t rip, uint64_t next)
 {
     struct env *env = &cpu->env;
     uint64_t value = *msr_place(cpu, (uint32_t)env->regs[RCX]);
+    size_t size;
+    const void *kept = kept_msr(cpu, (uint32_t)env->regs[RCX], &size);
+    if (kept)
+        memcpy(&value, kept, size);
     env->regs[RAX] = (uint32_t)value;
     env->regs[RDX] = value >> 32;
     if (guest.logs)

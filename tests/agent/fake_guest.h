@@ -66,7 +66,12 @@ struct cpu {
     unsigned work_count;
     struct work work[8];
     unsigned msr_count;
-    struct msr msrs[64];
+    struct msr msrs[512];
+    /* MSRs that QEMU's description of the CPU object tells of (vmstate_x86_cpu). */
+    uint64_t star, lstar;
+    uint32_t sysenter_cs;
+    uint64_t mtrr_var[16];
+    uint64_t mcg_cap, mce_banks[40];
 };
 
 struct callback {
@@ -105,6 +110,9 @@ struct guest {
     void (*translated)(struct cpu *cpu, struct qemu_plugin_tb *tb);
 };
 extern struct guest guest;
+
+/* Where an MSR is kept that has a place of its own; null for others. Its size in bytes is `size`. */
+void *kept_msr(struct cpu *cpu, uint32_t number, size_t *size);
 
 void say(const char *format, ...) __attribute__((format(printf, 1, 2)));
 void die(const char *format, ...) __attribute__((format(printf, 1, 2), noreturn));

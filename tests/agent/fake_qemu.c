@@ -113,6 +113,51 @@ size_t qemu_plugin_insn_data(const struct qemu_plugin_insn *insn, void *dest, si
 
 __thread struct cpu *current_cpu;
 
+/* VMStateField and VMStateDescription as QEMU 7.2 has them (include/migration/vmstate.h). */
+struct field {
+    const char *name;
+    const char *err_hint;
+    size_t offset;
+    size_t size;
+    size_t start;
+    int num;
+    size_t num_offset;
+    size_t size_offset;
+    const void *info;
+    int flags;
+    const void *vmsd;
+    int version_id;
+    int struct_version_id;
+    void *field_exists;
+};
+
+struct description {
+    const char *name;
+    bool unmigratable;
+    int version_id;
+    int minimum_version_id;
+    int priority;
+    void *functions[6];
+    const struct field *fields;
+    const struct description *const *subsections;
+};
+
+#define FIELD(member, bytes) {.name = "env." #member, .offset = offsetof(struct cpu, member), .size = bytes}
+static const struct field more[] = {FIELD(mcg_cap, 8), FIELD(mce_banks, 8), {0}};
+static const struct description part = {.name = "cpu/more", .fields = more};
+static const struct description *const parts[] = {&part, NULL};
+static const struct field fields[] = {
+    {.name = "env.regs", .offset = offsetof(struct cpu, env.regs), .size = 8, .num = GENERAL_REGISTERS},
+    {.name = "env.eip", .offset = offsetof(struct cpu, env.eip), .size = 8},
+    {.name = "env.eflags", .offset = offsetof(struct cpu, env.eflags), .size = 8},
+    FIELD(sysenter_cs, 4),
+    FIELD(star, 8),
+    FIELD(lstar, 8),
+    FIELD(mtrr_var, 16),
+    {0},
+};
+const struct description vmstate_x86_cpu = {.name = "cpu", .version_id = 12, .fields = fields, .subsections = parts};
+
 void *qemu_get_cpu(int index) { return LOAD(host.is_up[index]) ? &guest.cpus[index] : NULL; }
 
 int x86_cpu_gdb_read_register(void *cpu, GByteArray *buffer, int number)

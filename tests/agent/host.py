@@ -77,6 +77,10 @@ def event(
     core: int = wire.ALL_CORES,
     process: int = wire.ALL_PROCESSES,
     script: int = 0,
+    condition: int = 0,
+    value: int = 0,
+    mask: int = 0,
+    changes: int = 0,
 ) -> bytes:
     """A packed event; without ranges it is about every MSR."""
     ranges = ranges or ((0, 0xFFFF_FFFF),)
@@ -91,8 +95,12 @@ def event(
         core=core,
         process=process,
         script=script,
+        condition=condition,
         range_count=len(ranges),
         ranges=[{"first": first, "last": last} for first, last in ranges],
+        value=value,
+        mask=mask,
+        changes=changes,
     )
 
 

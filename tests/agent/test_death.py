@@ -277,6 +277,8 @@ def test_tail_ahead_of_head(host: FakeHost, ahead: int, drop: bool) -> None:
         {"changed": 0xFFFFFFFF, "skip": 1},
         {"changed": 1, "skip": 7},
         {"changed": 0, "skip": 2},
+        {"changed": 1, "script": 2},
+        {"changed": 1, "again": 2},
     ],
 )
 def test_unsound_answer(host: FakeHost, garbage: dict[str, int]) -> None:

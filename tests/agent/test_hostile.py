@@ -200,13 +200,17 @@ WRONG_FIELDS = [
         ("actions", 8),
         ("actions", 16),
         ("actions", 255),
-        ("flags", 16),
+        ("flags", 16),  # to ask first, but it does not ask
+        ("flags", 32),
         ("flags", 255),
+        ("condition", 1),
+        ("condition", 0xFFFFFFFF),
         ("script", 1),
         ("script", 0xFFFFFFFF),
     ],
     *[("range_count", 0), ("range_count", wire.MAX_RANGES + 1), ("range_count", 0xFFFFFFFF)],
     *[("ranges", [(2, 1)]), ("ranges", [(0xFFFFFFFF, 0)])],
+    *[("value", 1), ("value", 1 << 63)],
 ]
 
 
@@ -265,7 +269,7 @@ ABOUT_A_VCPU = (
         MessageType.READ_VIRTUAL,
         MessageType.READ_PHYSICAL,
     ],
-    *[MessageType.WRITE_VIRTUAL, MessageType.WRITE_PHYSICAL, MessageType.DECIDE],
+    *[MessageType.WRITE_VIRTUAL, MessageType.WRITE_PHYSICAL, MessageType.DECIDE, MessageType.READ_MSR, MessageType.WRITE_MSR],
 )
 
 
@@ -297,6 +301,7 @@ def test_a_vcpu_that_there_is_not(host: FakeHost, raw: socket.socket, vcpu: int)
         ],
         *[(MessageType.TRANSLATE, way, b"") for way in (2, 0xFFFFFFFF)],
         *[(kind, 0, b"x") for kind in (MessageType.GET_REGISTER, MessageType.TRANSLATE)],
+        *[(kind, 0xC0000080, b"x") for kind in (MessageType.READ_MSR, MessageType.WRITE_MSR)],
         (MessageType.GET_REGISTERS, 0, b"x"),
         *[(kind, size, b"") for kind in (MessageType.READ_VIRTUAL, MessageType.READ_PHYSICAL) for size in (0, 4097, 0xFFFFFFFF)],
         *[(kind, 1, b"x") for kind in (MessageType.READ_VIRTUAL, MessageType.READ_PHYSICAL)],
@@ -505,6 +510,7 @@ def test_a_script_that_is_sound_is_run(host: FakeHost, raw: socket.socket) -> No
         {"code_size": 0xFFFFFFFF},
         {"constants_size": 4097},
         {"constants_size": 0xFFFFFFFF},
+        {"buffer_size": 1},
     ],
 )
 def test_every_field_of_a_script(host: FakeHost, raw: socket.socket, fields: dict[str, int]) -> None:
@@ -526,11 +532,49 @@ def test_files_that_are_none(host: FakeHost, raw: socket.socket) -> None:
     check_still_well(host, raw)
 
 
+BUFFER_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+
+
+def test_a_buffer_that_is_sound_is_taken(host: FakeHost, raw: socket.socket) -> None:
+    for count, size in enumerate((1, 4096), 1):
+        files = [script_file(), script_file(bytes(4096), BUFFER_SEALS)]
+        assert add_script(raw, files, buffer_size=size) == Status.OK
+        assert exchange(raw, MessageType.EVENTS, event(1, actions=Action.SCRIPT, script=1), argument=1)[0] == Status.OK
+        host.run(wrmsr(0x10, 1))
+        assert len(host.executed()) == count
+        assert exchange(raw, MessageType.EVENTS, event(1), argument=1)[0] == Status.OK
+    check_still_well(host, raw)
+
+
+@pytest.mark.parametrize(
+    ("size", "seals"),
+    [
+        (0, BUFFER_SEALS),
+        (4097, BUFFER_SEALS),
+        (0xFFFFFFFF, BUFFER_SEALS),
+        (wire.MAX_BUFFER + 1, BUFFER_SEALS),
+        (4096, 0),
+        (4096, fcntl.F_SEAL_GROW),
+        (4096, SEALS),
+    ],
+)
+def test_a_buffer_that_is_none(host: FakeHost, raw: socket.socket, size: int, seals: int) -> None:
+    """Too short, too long, or one that somebody could cut off or nobody could write."""
+    assert add_script(raw, [script_file(), script_file(bytes(4096), seals)], buffer_size=size) == Status.REFUSED
+    check_still_well(host, raw)
+
+
+def test_a_buffer_that_is_no_file_in_memory(host: FakeHost, raw: socket.socket) -> None:
+    for path in ("/dev/zero", "/proc/self/exe"):
+        assert add_script(raw, [script_file(), os.open(path, os.O_RDONLY)], buffer_size=1) == Status.REFUSED
+    check_still_well(host, raw)
+
+
 def test_files_that_nobody_asked_for_are_closed(host: FakeHost, raw: socket.socket) -> None:
     descriptors = Path(f"/proc/{host.process.pid}/fd")
     before = len(list(descriptors.iterdir()))
-    for _ in range(50):
-        files = [script_file(), script_file()]
+    for count in (1, 2, 3) * 20:
+        files = [script_file() for _ in range(count)]
         request(raw, MessageType.OVERFLOW, files=files)
         assert reply(raw)[0] == Status.OK
         for file in files:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
 from vmexit.link.client import Link
-from vmexit.link.wire import Action
+from vmexit.link.wire import Action, EventFlag, RecordFlag
 from vmexit.prints import printed
 from vmexit.script.compile import CompiledScript, Compiler
 from vmexit.script.runtime import sealed_file
+from vmexit.usercode.buffer import Buffer
 
 from .build import unusable
 from .host import HLT, FakeHost, Variant, collect, event, eventually, wrmsr
@@ -97,3 +99,47 @@ def test_the_debugger_goes_while_scripts_print(host: FakeHost) -> None:
     link.close()
     for vcpu in (0, 1):
         host.expect(f"halted {vcpu} {AT + len(wrmsr(0x10, 1)) + 1:x}")
+
+
+def test_a_condition_lets_an_event_act_and_leaves_no_trace_of_itself(host: FakeHost) -> None:
+    compiler = Compiler()
+    link = host.connect()
+    add(link, 1, compiler.compile("@rbx = 77; @rax = $value == 2;"))
+    link.set_events([event(1, condition=1), event(2)], 0)
+    host.run(wrmsr(0x10, 1) + wrmsr(0x10, 2) + wrmsr(0x10, 3))
+    found = collect(link, 4)
+    assert [(int(one["event"]), int(one["value"])) for one in found] == [(2, 1), (1, 2), (2, 2), (2, 3)]
+    assert [link.rings.hits(slot) for slot in (0, 1)] == [3, 3]
+
+
+@pytest.mark.parametrize("runs_script", [False, True])
+@pytest.mark.parametrize("asks_again", [False, True])
+def test_an_event_that_asks_first(host: FakeHost, runs_script: bool, asks_again: bool) -> None:
+    compiler = Compiler()
+    link = host.connect()
+    buffer = Buffer(8)
+    script = compiler.compile("eq($buffer, poi($buffer) + @rax); @rax = 30;")
+    file = sealed_file(script.code, script.constants)
+    link.add_script(1, file, script.entry, len(script.code), len(script.constants), (buffer.fileno(), buffer.size))
+    os.close(file)
+    flags = EventFlag.ASK_FIRST | EventFlag.SHORT_CIRCUIT  # which is for the answer to say
+    link.set_events([event(1, actions=Action.ASK | Action.SCRIPT, flags=flags, script=1), event(2)], 0)
+    asked: list[tuple[int, int]] = []
+
+    def answer(link: Link, record: np.void) -> None:
+        registers = link.rings.question_registers(0)
+        asked.append((int(record["flags"]), registers[0]))
+        again = bool(record["flags"] & RecordFlag.AGAIN)
+        registers[0] += 4
+        script, another = (False, False) if again else (runs_script, asks_again)
+        link.rings.answer(0, int(record["sequence"]), registers, 1, False, script=script, again=another)
+
+    host.load(AT, wrmsr(0x10, 1) + HLT)
+    host.start(AT, 0)
+    found = collect(link, 2 + asks_again, answer=answer)
+    after_script = 0x30 if runs_script else 5
+    assert asked == [(0, 1), (int(RecordFlag.AGAIN), after_script)][: 1 + asks_again]
+    assert int(found[-1]["value"]) == after_script + 4 * asks_again
+    assert int.from_bytes(bytes(buffer), "little") == (5 if runs_script else 0)
+    host.expect(f"halted 0 {AT + len(wrmsr(0x10, 1)) + 1:x}")
+    assert host.register("rax") == after_script + 4 * asks_again

@@ -10,19 +10,23 @@ from typing import cast
 import numpy as np
 
 from tests.guest.linux.fake_linux import FakeLinux
+from tests.guest.windows.fake_windows import FakeWindows
 from vmexit.commands import registry
 from vmexit.commands.session import Session
 from vmexit.debugger import Debugger
 from vmexit.errors import CommandError, TargetError
 from vmexit.guest.linux.cache import Cache
+from vmexit.guest.registers import find
 from vmexit.guest_view import GuestView
 from vmexit.link import wire
 from vmexit.link.client import Link, RequestError
 from vmexit.link.rings import Records, joined
-from vmexit.link.wire import Access, Action, Capability, RecordFlag, Stage, Status, constant
+from vmexit.link.wire import Access, Action, Capability, RecordFlag, Stage, Status
 from vmexit.targets.base import Notice, NoticeKind, OnlyLooks, Untrappable
 
 PAGE = 0x1000
+FULL_MSR, WRITE_ONLY_MSR = 0x200, 0x49
+"""One that takes no value, and one that cannot be read."""
 EVERYTHING = Capability(sum(Capability))
 
 
@@ -90,8 +94,8 @@ class FakeRings:
     def question_registers(self, vcpu: int) -> list[int]:
         return [0] * wire.ASKED_REGISTERS
 
-    def answer(self, vcpu: int, sequence: int, registers: list[int], changed: int, skip: bool, halt: bool = False) -> None:
-        assert not changed and not skip and not halt
+    def answer(self, vcpu: int, sequence: int, registers: list[int], changed: int, skip: bool, *others: bool) -> None:
+        assert not changed and not skip and not any(others)
         self.answered.append((vcpu, sequence))
 
     def calls(self) -> bool:
@@ -126,6 +130,9 @@ class FakeLink:
         self.decided: list[tuple[int, bool]] = []
         self.values = [dict.fromkeys(range(wire.REGISTERS), 0) for _ in range(target.vcpus)]
         self.pages: dict[tuple[bool, int], bytes] = {}
+        known = {0xC0000080: 0x500, 0xC0000082: 0xFFFFFFFF81A00080, 0xC0000103: 0}
+        self.msrs = {(core, msr): value for core in range(target.vcpus) for msr, value in known.items()}
+        """By core and MSR."""
 
     def fileno(self) -> int:
         return self.rings.wake_fd
@@ -142,7 +149,9 @@ class FakeLink:
         self.own = [event for event in events if wire.unpack("event", event).id == 0]
         self.events = events[len(self.own) :]
 
-    def add_script(self, number: int, file: int, entry: int, code_size: int, constants_size: int) -> None:
+    def add_script(
+        self, number: int, file: int, entry: int, code_size: int, constants_size: int, buffer: tuple[int, int] | None = None
+    ) -> None:
         assert os.fstat(file).st_size >= code_size + constants_size and 0 <= entry < code_size
         self.scripts.append(number)
 
@@ -172,6 +181,20 @@ class FakeLink:
     def set_register(self, vcpu: int, number: int, value: int) -> None:
         self._check_halted()
         self.values[vcpu][number] = value
+
+    def read_msr(self, vcpu: int, msr: int) -> int:
+        self._check_halted()
+        if (vcpu, msr) not in self.msrs:
+            raise RequestError(Status.NO_MSR)
+        return self.msrs[vcpu, msr]
+
+    def write_msr(self, vcpu: int, msr: int, value: int) -> None:
+        self._check_halted()
+        if msr == FULL_MSR:
+            raise RequestError(Status.NO_VALUE)
+        if msr != WRITE_ONLY_MSR:
+            self.read_msr(vcpu, msr)
+            self.msrs[vcpu, msr] = value
 
     def read_memory(self, vcpu: int, address: int, length: int, *, physical: bool = False) -> bytes:
         self._check_halted()
@@ -307,10 +330,10 @@ class Typist:
     def put(self, core: int = 0, **registers: int) -> None:
         """Gives registers values."""
         for name, value in registers.items():
-            self.link.values[core][constant(name.upper())] = value
+            self.link.values[core][find(name).number] = value
 
-    def boot(self, guest: FakeLinux, cache: Path | None = None) -> None:
-        """Makes the guest's memory and registers those of a Linux. ``cache``: what is kept of it, by default nothing."""
+    def boot(self, guest: FakeLinux | FakeWindows, cache: Path | None = None) -> None:
+        """Makes the guest's memory and registers those of a made-up system. ``cache``: what is kept of it, by default nothing."""
         for number, page in guest.pages.items():
             self.link.pages[True, number] = bytes(page)
             for virtual in guest.virtual(number * PAGE):

@@ -9,7 +9,7 @@ import pytest
 from tests.commands.fakes import Typist, linux_guest
 from tests.guest.linux.fake_linux import SLIDE, FakeLinux, make_bzimage, make_image, make_vmlinux, member
 from vmexit.commands.layout import address_text
-from vmexit.guest.linux.recognise import NotRecognisedError
+from vmexit.guest.system import NotRecognisedError
 
 GUEST = linux_guest()
 LINE = f"Linux 6.1.0-fake-amd64 x86_64, slide {SLIDE:#x}, 1218 symbols, 1 module"
@@ -161,7 +161,7 @@ def test_the_kernels_memory_is_shown_whatever_tables_the_core_uses(booted: Typis
 @pytest.mark.parametrize(
     ("line", "message", "column", "width"),
     [
-        ("guest what", "'what' is no kind of help (it is image, map or again)", 6, 4),
+        ("guest what", "'what' is no kind of help (it is image, map, pdb or again)", 6, 4),
         ("guest image", "a file's name is missing", 11, 0),
         ("guest map /nowhere", "there is no file /nowhere", 10, 8),
         ("guest again 5", "'guest' takes 1 argument at most", 12, 1),

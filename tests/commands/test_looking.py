@@ -59,6 +59,7 @@ def test_noise_that_is_named_is_seen(visitor: Typist) -> None:
         ("!msrread 10 log condition { 90 }", "'condition'", "condition { 90 }"),
         ("!msrread 10 code { 90 } log", "'code'", "code { 90 }"),
         ("!msrread 10 log buffer 10", "'buffer'", "buffer 10"),
+        ("!msrwrite 10 log changed", "'changed'", "changed"),
     ],
 )
 def test_what_is_refused(visitor: Typist, line: str, what: str, marked: str) -> None:
@@ -66,6 +67,11 @@ def test_what_is_refused(visitor: Typist, line: str, what: str, marked: str) -> 
     assert message.startswith(f"{what} is not possible here: {REASON}")
     assert source[mark.index("^") : len(mark)] == marked
     assert not len(visitor.debugger.events)
+
+
+@pytest.mark.parametrize("command", ["!msrwrite", "!msrread"])
+def test_values_can_be_named(visitor: Typist, command: str) -> None:
+    assert visitor.types(f"{command} 10 mask 1 value 1 log").endswith("(stage post, all cores, value 1 in 1)")
 
 
 def test_how_to_do_without_a_break_is_told(visitor: Typist) -> None:

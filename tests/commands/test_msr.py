@@ -8,7 +8,9 @@ import pytest
 
 from tests.commands.fakes import EVERYTHING, Typist
 from vmexit.events.event import Event
+from vmexit.events.filters import ValueFilter
 from vmexit.events.msrs import LAST_MSR, UNNAMED_READS, UNNAMED_WRITES, MsrSet
+from vmexit.link import wire
 from vmexit.link.wire import Access, Action, Capability, Stage
 from vmexit.targets.base import Untrappable
 
@@ -77,6 +79,32 @@ def test_options_in_any_order_and_letter_case(typist: Typist, line: str, expecte
         return
     event = made(typist, line)
     assert same(event, msrs=MsrSet.of(0xC0000082), text=line.strip(), **expected)
+
+
+@pytest.mark.parametrize(
+    ("rest", "expected", "told"),
+    [
+        ("value 0n16", ValueFilter(value=16), "value 10"),
+        ("MASK 1 VALUE 0", ValueFilter(value=0, mask=1), "value 0 in 1"),
+        ("value 1 log mask ff core 1 value 3", ValueFilter(value=3, mask=0xFF), "core 1, value 3 in ff"),
+        ("changed", ValueFilter(changed=True), "what changes"),
+        ("Changed mask 100", ValueFilter(mask=0x100, changed=True), "what changes in 100"),
+        ("value 1`0 changed", ValueFilter(value=0x10, changed=True), "what changes, value 10"),
+        ("value ffffffffffffffff", ValueFilter(value=(1 << 64) - 1), "value ffffffffffffffff"),
+    ],
+)
+def test_filters_by_value(typist: Typist, rest: str, expected: ValueFilter, told: str) -> None:
+    event = made(typist, f"!msrwrite efer,star {rest}")
+    assert event.filter == expected
+    assert f", {told})" in typist.shown[0]
+    lowered = wire.unpack("event", typist.link.events[-1])
+    assert {name: getattr(lowered, name) for name in ("value", "mask", "changes")} == expected.wire()
+
+
+def test_lists_and_ranges_with_filters(typist: Typist) -> None:
+    event = made(typist, "!msrwrite lstar,fmask changed")
+    assert event.msrs == MsrSet.of(0xC0000082, 0xC0000084)
+    assert made(typist, "!msrread 200-20f value 6 mask f stage post").msrs == MsrSet.of_ranges([(0x200, 0x20F)])
 
 
 def test_values_and_keywords_may_be_quoted_as_in_hyperdbg(typist: Typist) -> None:
@@ -273,19 +301,21 @@ def test_what_is_not_available_yet(typist: Typist, rest: str, marked: str) -> No
         ("code { 90 } buffer 1000001", "a buffer has 1 to 1000000 bytes, not 1000001", "buffer 1000001"),
         ("code { 90 } buffer 0", "a buffer has 1 to 1000000 bytes, not 0", "buffer 0"),
         ("condition { 90 } buffer 0", "a buffer has 1 to 1000000 bytes, not 0", "buffer 0"),
-        ("condition { 90 } log script { .x = 1; }", "a condition with both a script and 'log'", "condition { 90 }"),
         ("condition { 90 } sc on stage post", "'sc on' needs 'stage pre'", "sc on"),
-        ("code { 90 } script { .x = 1; }", "'code' together with a script is not yet available", "code { 90 }"),
-        ("buffer 8 script { .x = 1; }", "'buffer' together with a script is not yet available", "buffer 8"),
-        (
-            "condition { 488b00 } script { .x = 1; }",
-            "a condition that has to be emulated, together with",
-            "condition { 488b00 }",
-        ),
+        ("buffer 0 script { .x = 1; }", "a buffer has 1 to 1000000 bytes, not 0", "buffer 0"),
         ("asm condition { nop } asm", "'asm' stands before 'code' or 'condition'", "asm"),
         ("output {a,,b}", "a name is missing between the commas", "{a,,b}"),
         ("output {a,b,c,d,e,f}", "an event has 5 outputs at most, not 6", "{a,b,c,d,e,f}"),
         ("asm", "'asm' stands before 'code' or 'condition'", "asm"),
+        ("value", "a value for 'value' is missing (value NUMBER)", ""),
+        ("value x", "'x' is no value of an MSR", "x"),
+        ("mask 0n18446744073709551616 value 1", "'0n18446744073709551616' is no mask of an MSR's bits", "0n18446744073709551616"),
+        ("mask 1 stage post", "'mask' says which bits 'value' or 'changed' looks at", "mask 1"),
+        ("mask 0 value 0 stage post", "a mask of 0 looks at no bit at all", "mask 0"),
+        ("mask 1 value 2 stage post", "2 has bits that the mask 1 leaves out: it would never be met", "value 2"),
+        ("value 2", "before a read there is no value to compare; 'stage post' has one", "value 2"),
+        ("value 2 stage all", "before a read there is no value to compare; 'stage post' has one", "value 2"),
+        ("changed stage post", "'changed' is for writes: a read changes nothing", "changed"),
         ("script {x} stage past", "'past' is no value of 'stage'", "past"),
         ("pid 4 zz", "'zz' is neither an MSR nor an option", "zz"),
     ],
@@ -297,25 +327,50 @@ def test_a_wrong_value_is_told_before_that_it_is_not_available(typist: Typist, r
     assert mark == " " * line.rindex(marked) + "^" + "~" * (len(marked) - 1)
 
 
+ASK, BREAK, RECORD, SCRIPT = Action.ASK, Action.BREAK, Action.RECORD, Action.SCRIPT
+
+
 @pytest.mark.parametrize(
-    ("rest", "verb", "way"),
+    ("rest", "verb", "way", "action"),
     [
-        ("code { 90 }", "runs code at", "emulated"),
-        ("buffer 10 asm code { nop }", "runs code at", "emulated"),
-        ("code { \\x90\\x90 } log", "prints and runs code at", "emulated"),
-        ("condition { 488b00 }", "where its condition holds breaks at", "emulated"),
-        ("condition { 488b01 }", "where its condition holds breaks at", "lifted"),
-        ("condition { 488b01 } sc on", "where its condition holds breaks at", "lifted"),
-        ("condition { 488b01 } script { .n = 1; }", "where its condition holds runs a script at", "lifted"),
-        ("asm condition { nop; ret } log", "where its condition holds prints", "emulated"),
-        ("CONDITION core 1 { 0x90 } asm CODE { nop }", "where its condition holds runs code at", "emulated"),
+        ("code { 90 }", "runs code at", "emulated", ASK),
+        ("buffer 10 asm code { nop }", "runs code at", "emulated", ASK),
+        ("code { \\x90\\x90 } log", "prints and runs code at", "emulated", ASK | RECORD),
+        ("condition { 488b00 }", "where its condition holds breaks at", "emulated", ASK),
+        ("condition { 488b01 }", "where its condition holds breaks at", "lifted", BREAK),
+        ("condition { 488b01 } sc on", "where its condition holds breaks at", "lifted", BREAK),
+        ("condition { 488b01 } script { .n = 1; }", "where its condition holds runs a script at", "lifted", SCRIPT),
+        ("condition { 488b00 } script { .n = 1; }", "where its condition holds runs a script at", "emulated", ASK | SCRIPT),
+        (
+            "condition { 90 } log script { .n = 1; }",
+            "where its condition holds prints and runs a script at",
+            "lifted",
+            RECORD | SCRIPT,
+        ),
+        ("asm condition { nop; ret } log", "where its condition holds prints", "lifted", RECORD),
+        (
+            "CONDITION core 1 { 0x90 } asm CODE { nop }",
+            "where its condition holds runs code at",
+            "condition lifted, code emulated",
+            ASK,
+        ),
+        ("script { .n = 1; } code { 90 }", "runs a script and code at", "emulated", ASK | SCRIPT),
+        ("code { 90 } script { .n = 1; } buffer 8", "runs code and a script at", "emulated", ASK | SCRIPT),
     ],
 )
-def test_machine_code(typist: Typist, rest: str, verb: str, way: str) -> None:
+def test_machine_code(typist: Typist, rest: str, verb: str, way: str, action: Action) -> None:
     assert typist.types(f"!msrwrite 10 {rest}").startswith(f"event 0 {verb} each wrmsr of 10 ")
     (event,) = typist.debugger.events
-    assert event.action == (Action.ASK if way == "emulated" else Action.SCRIPT)
+    assert event.action == action
     assert f"[{way}]" in typist.types("events")
+
+
+def test_a_buffer_needs_no_code(typist: Typist) -> None:
+    assert typist.types("!msrwrite 10 buffer 8 script { .n = poi($buffer); }").startswith(
+        "event 0 runs a script at each wrmsr of 10 "
+    )
+    (event,) = typist.debugger.events
+    assert event.buffer is not None and event.buffer.size == 8
 
 
 @pytest.mark.parametrize(

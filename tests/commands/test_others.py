@@ -61,6 +61,7 @@ def test_settings(typist: Typist) -> None:
         ["recognition", "on"],
         ["script-stack", "40000"],
         ["script-steps", "f4240"],
+        ["sdk-socket", "off"],
         ["syntax", "intel"],
     ]
     assert typist.types("settings SYNTAX").startswith("syntax        intel  (intel|att|masm) ")
@@ -70,7 +71,7 @@ def test_settings(typist: Typist) -> None:
     assert typist.debugger.overflow is Overflow.DROP
     assert typist.link.drop
     assert typist.types("settings code-failures 0n20").split()[1] == "14"
-    assert typist.session.settings.code_failures == 20
+    assert typist.session.debugger.code_failures == 20
     assert typist.types("settings script-steps 0n5000").split()[1] == "1388"
     assert typist.debugger.script_steps == 5000
     typist.types("settings overflow wait")
@@ -163,13 +164,14 @@ def test_leaving_and_clearing(typist: Typist, line: str, done: str) -> None:
         ("settings sintax", "'sintax' is no setting: did you mean 'syntax'?", 9, 6),
         (
             "settings what",
-            "'what' is no setting (it is code-failures, overflow, recognition, script-stack, script-steps or syntax)",
+            "'what' is no setting (it is code-failures, overflow, recognition, script-stack, script-steps, sdk-socket or syntax)",
             9,
             4,
         ),
         ("settings syntax at&t", "'at&t' is no value of 'syntax': did you mean 'att'?", 16, 4),
         ("settings overflow on", "'on' is no value of 'overflow' (it is wait or drop)", 18, 2),
         ("settings script-steps many", "'many' is no value of 'script-steps' (a number is hexadecimal", 22, 4),
+        ("settings sdk-socket {x}", "'sdk-socket' takes PATH or off", 20, 3),
         ("settings syntax att now", "'settings' takes 2 arguments at most", 20, 3),
         ("help msrwrite", "there is no command 'msrwrite': did you mean '!msrwrite'?", 5, 8),
         ("help a b", "'help' takes 1 argument at most", 7, 1),

@@ -8,10 +8,11 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from tests.console.vmexits import run
+from tests.console.vmexits import Terminal, run
 from tests.guests.build import OK_STATUS, build, qemu_arguments
 from tests.machines import need_kvm
 from tests.vmm import build_vmm, vmm_arguments
@@ -108,6 +109,41 @@ def test_the_list(hang: int) -> None:
     assert done.returncode == 0
     (line,) = [line for line in done.stdout.splitlines() if line.split()[0] == str(hang)]
     assert line.split()[2:] == ["1", line.split()[3], "MB"]
+
+
+def test_one_of_the_list_is_chosen_at_a_terminal(hang: int, tmp_path: Path) -> None:
+    at = Terminal("attach", home=tmp_path)
+    try:
+        at.waits_for(rf"{hang}  vmm-\S+ +1 +\d+ MB")
+        at.waits_for(r"attach to which PID\? ")
+        at.enters(str(hang), "vmexit> *$")
+        at.enters(".status", rf"\(process {hang}\), 1 core")
+        at.enters("!msrwrite c0000081", r"event 0 triggered \(pre\) on core 0")
+        at.enters("r rcx", "rcx=00000000c0000081")
+        at.enters("events d 0", "vmexit> *$")
+        end = at.enters("g", "the machine runs; Ctrl-C halts it")
+        at.types("\x03")
+        at.waits_for("halted, core 0", after=end)
+        at.types("detach\r")
+        assert at.ends() == 0
+        assert f"detached; 'vmexit attach {hang}' comes back" in at.text
+        os.kill(hang, 0)
+    finally:
+        at.close()
+
+
+def test_none_of_the_list_is_chosen_at_a_terminal(hang: int, tmp_path: Path) -> None:
+    """Enter alone, and what is no number."""
+    for typed, status, said in (("", 0, ""), ("it", 2, "vmexit: 'it' is no process number")):
+        at = Terminal("attach", home=tmp_path)
+        try:
+            at.waits_for(r"attach to which PID\? ")
+            at.types(f"{typed}\r")
+            assert at.ends() == status
+            assert said in at.text
+        finally:
+            at.close()
+    os.kill(hang, 0)
 
 
 def test_a_process_that_is_no_vmm() -> None:

@@ -50,11 +50,12 @@ def accelerator(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def boot(image: Path, vcpus: int = 1, accelerator: str = "tcg") -> tuple[list[str], int]:
-    """Run a guest to its end; give the lines that it printed and QEMU's exit status."""
+def boot(image: Path, vcpus: int = 1, accelerator: str = "tcg", cpu: str | None = None) -> tuple[list[str], int]:
+    """Run a guest to its end, ``cpu`` being its model; give the lines that it printed and QEMU's exit status."""
     # Where KVM is itself emulated, the firmware of "pc" takes ten seconds.
     machine = "microvm" if accelerator == "kvm" else "pc"
     command = [QEMU, *qemu_arguments(image, vcpus, machine=machine), "-accel", accelerator]
+    command += [] if cpu is None else ["-cpu", cpu]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT)
     return done.stdout.splitlines(), done.returncode
 
@@ -285,3 +286,18 @@ def test_build_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(GuestBuildError, match="gcc is missing"):
         build("loop")
+
+
+def test_pages() -> None:
+    lines, status = boot(build("pages", COUNT=3), cpu="max")
+    patterns = {"huge": "1" * 16, "large": "2" * 16, "small": "3" * 16, "fixed": "8" * 16, "mixed": "5" * 8 + "4" * 8}
+    assert lines == [
+        f"tags={0x47424448 * 3:016x}",
+        *(f"{name}={pattern}" for name, pattern in patterns.items()),
+        "edge=7777777766666666",
+    ]
+    assert status == builder.OK_STATUS
+
+
+def test_pages_needs_pages_of_1_gb() -> None:
+    assert boot(build("pages"), cpu="qemu64") == (["no 1 GB pages"], builder.FAILED_STATUS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import platform
 import shutil
 import subprocess
@@ -13,6 +15,7 @@ import pytest
 from vmexit.setup import doctor, kernel
 from vmexit.setup.doctor import Check
 from vmexit.setup.elf import AARCH64, X86_64
+from vmexit.targets import trace_instance
 
 AGENT_SOURCE = "int qemu_plugin_version = 1;\nint qemu_plugin_install(void) { return 0; }\n"
 
@@ -142,6 +145,50 @@ def test_programs_and_devices(tmp_path: Path) -> None:
     assert doctor.check_kvm(tmp_path / "kvm").detail == "not there; for guests that KVM runs (--accel kvm, --vmm, attach)"
     (tmp_path / "kvm").touch()
     assert doctor.check_kvm(tmp_path / "kvm").detail == "can be used; for guests that KVM runs (--accel kvm, --vmm, attach)"
+
+
+class TestTracefs:
+    """What 'vmexit host' and 'vmexit watch' look through."""
+
+    POINTS = (("msr", "write_msr"), ("kvm", "kvm_msr"))
+
+    def play(self, folder: Path, monkeypatch: pytest.MonkeyPatch, *points: tuple[str, str]) -> None:
+        """A tracefs with these tracepoints, and this one alone."""
+        (folder / "instances").mkdir()
+        for system, name in points:
+            (folder / "events" / system / name).mkdir(parents=True)
+            (folder / "events" / system / name / "enable").touch()
+        monkeypatch.setattr(trace_instance, "_MOUNTED", (folder,))
+
+    def test_usable(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.play(tmp_path, monkeypatch, *self.POINTS)
+        assert doctor.check_tracefs() == Check("tracefs", None, "can be used, for 'vmexit host' and 'vmexit watch'")
+        assert not list((tmp_path / "instances").iterdir()), "it only looks"
+
+    def test_without_kvm(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.play(tmp_path, monkeypatch, *self.POINTS[:1])
+        check = doctor.check_tracefs()
+        assert check.detail == "can be used, for 'vmexit host'; no tracepoint kvm:kvm_msr for 'vmexit watch'"
+        assert check.remedy is not None and check.remedy.startswith("modprobe kvm")
+
+    def test_without_any(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.play(tmp_path, monkeypatch)
+        assert doctor.check_tracefs().detail.startswith("can be used; no tracepoint msr:write_msr for 'vmexit host'; no")
+
+    @pytest.mark.parametrize(
+        ("number", "says"),
+        [(errno.EPERM, "run vmexit "), (errno.ENODEV, "this kernel has no tracefs"), (errno.ENOSYS, "mount -t tracefs tracefs")],
+    )
+    def test_out_of_reach(self, number: int, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def mount(filesystem: str) -> int:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(trace_instance, "_MOUNTED", (tmp_path / "none",))
+        monkeypatch.setattr(trace_instance, "mount_for_us", mount)
+        check = doctor.check_tracefs()
+        assert check.ok is None
+        assert check.detail.startswith("for 'vmexit host' and 'vmexit watch', but ")
+        assert says in check.detail
 
 
 def test_whole_report_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

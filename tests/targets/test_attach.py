@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +20,7 @@ from tests.machines import Output, need_kvm
 from tests.vmm import build_vmm, vmm_arguments
 from vmexit import Debugger, Stage, State, StopReason, Trap
 from vmexit.errors import TargetError
+from vmexit.link.client import RequestError
 from vmexit.link.wire import Capability
 from vmexit.targets import attach
 from vmexit.targets.attach import Attached, check_attachable, find_agent, machines
@@ -29,6 +32,23 @@ COUNT = 300_000
 """Writes of a guest in a loop: some seconds, of which a test takes as many as it needs."""
 PARAVIRTUAL = 0x12345
 
+_LOCK = """
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <sys/prctl.h>
+#include <unistd.h>
+
+int main(int argc, char **argv)
+{
+    struct sock_filter all = BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW);
+    struct sock_fprog program = {.len = 1, .filter = &all};
+    if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0 && prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) == 0)
+        execv(argv[argc > 1], argv + 1);
+    return 1;
+}
+"""
+"""Starts a program under a filter of system calls that lets everything through."""
+
 Start = Callable[..., "subprocess.Popen[str]"]
 
 
@@ -37,12 +57,12 @@ def start() -> Iterator[Start]:
     """Starts VMMs that know nothing of vmexit."""
     processes: list[subprocess.Popen[str]] = []
 
-    def start(kind: str, name: str, vcpus: int = 1, *, own_msr: int | None = None, **defines: int | str) -> subprocess.Popen[str]:
+    def start(kind: str, name: str, vcpus: int = 1, *, many_slots: bool = False, **defines: int | str) -> subprocess.Popen[str]:
         need_kvm()
         pytest.importorskip("pyinjector", reason="pyinjector is missing: attaching to a running VMM needs it")
         image = build(name, **defines)
         if kind == "vmm":
-            command = [str(build_vmm()), *vmm_arguments(image, vcpus, own_msr)]
+            command = [str(build_vmm()), *vmm_arguments(image, vcpus, many_slots=many_slots)]
         else:
             arguments = ["-accel", kind, *(("-cpu", "host") if kind == "kvm" else ())]
             command = [QEMU, *arguments, *qemu_arguments(image, vcpus, machine="microvm")]
@@ -66,7 +86,7 @@ def right_sum(count: int) -> str:
     return f"sum={count * (count + 1) // 2:016x} last=5a5a5a5a00000001"
 
 
-def wait_for_vm(process: subprocess.Popen[str]) -> None:
+def wait_for_vm(process: subprocess.Popen[Any]) -> None:
     """Until the guest is in its loop, or nearly."""
     deadline = time.monotonic() + 20
     while not any(machine.pid == process.pid and machine.vcpus for machine in machines()):
@@ -144,8 +164,7 @@ def test_breaks_registers_memory(start: Start, kind: str) -> None:
             assert stop.reason == StopReason.BREAK and stop.trap is not None
             stages.append(stop.trap.stage)
             assert debugger.registers()["rip"] == rip + (2 if stop.trap.stage == Stage.POST else 0)
-            if debugger.target.link.capabilities & Capability.MEMORY:
-                assert debugger.read_memory(0, rip, 2) == b"\x0f\x30"
+            assert debugger.read_memory(0, rip, 2) == b"\x0f\x30"
         assert stages == [Stage.PRE, Stage.POST] * 3
         debugger.clear(event)
         stop = debugger.run(timeout=0.1)
@@ -153,6 +172,40 @@ def test_breaks_registers_memory(start: Start, kind: str) -> None:
     # It was halted when it was let go of, and runs on.
     said, status = ended(process)
     assert (said.strip(), status) == (right_sum(COUNT), OK_STATUS)
+
+
+SLOTS = {
+    7: (0, 0xA0000),
+    3: (0xE0000, 0x20000),
+    0: (1 << 20, 63 << 20),
+    5: (1 << 32, 2 << 20),
+    6: ((1 << 32) + (2 << 20), 0x180000),
+}
+"""Of the VMM with many: by their numbers, where each begins, and its size (tests/vmm/vmm.c)."""
+
+
+def test_memory_that_was_set_up_before(start: Start) -> None:
+    """Its slots are found by asking KVM, which changes none of them."""
+    process = start("vmm", "loop", 2, many_slots=True, COUNT=COUNT)
+    wait_for_vm(process)
+    image = build("loop", COUNT=COUNT)
+    with Debugger(Attached(process.pid)) as debugger:
+        assert debugger.state == State.RUNNING
+        assert Capability.MEMORY | Capability.MEMORY_WRITE in debugger.target.link.capabilities
+        debugger.run(timeout=0.1)
+        for number, (first, size) in SLOTS.items():
+            end = debugger.read_memory(0, first + size - 16, 16, physical=True)
+            assert end.rstrip(b"\0") == b"end of slot %d" % number
+        # A read over the border of two slots, and one into a gap.
+        assert debugger.read_memory(0, (1 << 20) - 16, 32, physical=True).startswith(b"end of slot 3")
+        with pytest.raises(RequestError, match="the address is not mapped"):
+            debugger.read_memory(0, 0xA0000 - 8, 16, physical=True)
+        code = symbols(image)["loop_wrmsr"]
+        assert debugger.read_memory(0, code, 2) == debugger.read_memory(0, code, 2, physical=True) == b"\x0f\x30"
+        debugger.write_memory(0, 0x9000, b"written", physical=True)
+        assert debugger.read_memory(0, 0x9000, 7, physical=True) == b"written"
+    said, status = ended(process)
+    assert (said.splitlines(), status) == ([right_sum(COUNT), "slots intact"], OK_STATUS)
 
 
 _KILLED = """
@@ -218,6 +271,35 @@ def test_a_paused_qemu(start: Start, tmp_path: Path) -> None:
     finally:
         process.kill()
         process.communicate()
+
+
+def test_a_qemu_that_was_paused_after_it_had_run(tmp_path: Path) -> None:
+    """Its vCPU's thread comes through nothing of the agent's, and KVM has a thread there that is in KVM_RUN."""
+    need_kvm()
+    pytest.importorskip("pyinjector")
+    monitor = tmp_path / "monitor"
+    arguments = [*qemu_arguments(build("hang"), machine="microvm"), "-qmp", f"unix:{monitor},server=on,wait=off"]
+    process = subprocess.Popen(
+        [QEMU, "-accel", "kvm", "-cpu", "host", *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    try:
+        wait_for_vm(process)
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(monitor))
+            lines = connection.makefile("rw")
+            for command in ("qmp_capabilities", "stop"):
+                lines.write(f'{{"execute": "{command}"}}\n')
+                lines.flush()
+            while '"STOP"' not in lines.readline():
+                pass
+            lines.close()
+        with Debugger(Attached(process.pid)) as debugger:
+            assert debugger.state == State.HALTED
+            event = debugger.on_msr_write(expected.STAR)
+            assert debugger.run(until=lambda: debugger.hits(event) > 3, timeout=60).reason == StopReason.CONDITION
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_a_guest_that_was_started_with_the_agent_and_let_go_of() -> None:
@@ -295,7 +377,7 @@ class TestRefused:
         need_kvm()
         process = subprocess.Popen([build_vmm(static=True), *vmm_arguments(build("hang"))], stdout=subprocess.DEVNULL)
         try:
-            wait_for_vm(process)  # type: ignore[arg-type]
+            wait_for_vm(process)
             self.refused(process.pid, "linked statically")
         finally:
             process.kill()
@@ -320,6 +402,32 @@ class TestRefused:
         finally:
             tracer.kill()
             tracer.wait()
+
+    def test_one_that_is_really_locked_by_seccomp(self, tmp_path: Path) -> None:
+        need_kvm()
+        lock = tmp_path / "lock.c"
+        lock.write_text(_LOCK)
+        subprocess.run(["gcc", "-o", tmp_path / "lock", lock], check=True)
+        command = [str(tmp_path / "lock"), str(build_vmm()), *vmm_arguments(build("hang"))]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, text=True)
+        try:
+            wait_for_vm(process)
+            self.refused(process.pid, "is locked by seccomp, which may end it .* start it without")
+            assert process.poll() is None
+        finally:
+            process.kill()
+            process.wait()
+
+    def test_one_that_is_really_another_users(self, start: Start) -> None:
+        if os.geteuid() != 0:
+            pytest.skip("who is not root cannot become somebody else")
+        process = start("vmm", "hang")
+        wait_for_vm(process)
+        os.seteuid(65534)
+        try:
+            self.refused(process.pid, r"process \d+ \(vmm-.*\) is root's: run vmexit as that user, or as root")
+        finally:
+            os.seteuid(0)
 
     @pytest.mark.parametrize(
         ("status", "says"), [("Seccomp:\t2\n", "locked by seccomp.*without -sandbox"), ("TracerPid:\t7\n", "traced by process 7")]

@@ -14,6 +14,7 @@ import pytest
 from tests.targets.trace_page_maker import READ_MSR, WRITE_MSR, MadeUpInstance, entry, host_data, kvm_data, page
 from vmexit.errors import TargetError
 from vmexit.events.event import Event
+from vmexit.events.filters import ValueFilter
 from vmexit.events.msrs import MsrSet
 from vmexit.link.wire import Access, Action, RecordFlag, Stage
 from vmexit.program import lower
@@ -48,7 +49,12 @@ class Made:
 
 
 def event(
-    *msrs: int, access: Access = Access.WRMSR, core: int | None = None, process: int | None = None, enabled: bool = True
+    *msrs: int,
+    access: Access = Access.WRMSR,
+    core: int | None = None,
+    process: int | None = None,
+    enabled: bool = True,
+    wanted: ValueFilter | None = None,
 ) -> Event:
     return Event(
         access=access,
@@ -58,6 +64,7 @@ def event(
         process=process,
         action=Action.RECORD,
         enabled=enabled,
+        filter=wanted,
     )
 
 
@@ -177,6 +184,14 @@ class TestRecords:
         host.instance.put(0, [page(*writes)])
         assert [(trap.value, trap.event) for trap in host.take(final=True)] == [(0, 0), (0, 1), (1, 1), (1, 2), (2, 1)]
         assert [host.rings.hits(slot) for slot in range(3)] == [1, 3, 1]
+
+    def test_values(self, host: Made) -> None:
+        host.set(event(0x10, wanted=ValueFilter(1, 3)), event(wanted=ValueFilter(1 << 63)), event(0x10))
+        writes = [entry(host_data(WRITE_MSR, 0x10, value), 1) for value in (1, 2, 1 << 63, 5, (1 << 63) | 1)]
+        host.instance.put(0, [page(*writes)])
+        taken = [(trap.value, trap.event) for trap in host.take(final=True) if trap.event != 2]
+        assert taken == [(1, 0), (1 << 63, 1), (5, 0), ((1 << 63) | 1, 0)]
+        assert [host.rings.hits(slot) for slot in range(3)] == [3, 1, 5]
 
     def test_cpus_are_put_in_order(self, host: Made) -> None:
         host.set(event())

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from tests.usercode.guests import KERNEL, PAGE, Pages
 from vmexit.errors import VmexitError
+from vmexit.usercode.buffer import MAX_BUFFER, Buffer
 from vmexit.usercode.errors import CodeRunError
-from vmexit.usercode.sandbox import MAX_BUFFER, Buffer, Kind, Limits, Result, Sandbox
+from vmexit.usercode.sandbox import Kind, Limits, Result, Sandbox
 
 NAMES = "rax rcx rdx rbx rsp rbp rsi rdi r8 r9 r10 r11 r12 r13 r14 r15".split()
 VALUES = tuple(0x1111_1111_1111_1111 * n for n in range(16))

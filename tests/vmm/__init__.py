@@ -30,10 +30,20 @@ def build_vmm(*, static: bool = False) -> Path:
     return target
 
 
-def vmm_arguments(image: Path, vcpus: int = 1, own_msr: int | None = None, *, late: bool = False) -> list[str]:
+def vmm_arguments(
+    image: Path,
+    vcpus: int = 1,
+    own_msr: int | None = None,
+    *,
+    late: bool = False,
+    carries_out: bool = False,
+    many_slots: bool = False,
+) -> list[str]:
     """The arguments, without the program's name, with which it runs a guest.
 
-    ``own_msr``: the VMM keeps this MSR to itself; ``late``: from when the guest first prints something.
+    ``own_msr``: the VMM keeps this MSR to itself; ``late``: from when the guest first prints something, ``carries_out``: it lets
+    KVM do what the guest has written. ``many_slots``: the guest's memory comes in those that vmm.c describes.
     """
-    arguments = [str(image), f"{symbols(image)['boot']:x}", str(vcpus)]
-    return arguments if own_msr is None else [*arguments, f"{own_msr:x}", *(["late"] if late else [])]
+    arguments = [*(["-s"] if many_slots else []), str(image), f"{symbols(image)['boot']:x}", str(vcpus)]
+    how = ["late"] if late else ["carry"] if carries_out else []
+    return arguments if own_msr is None else [*arguments, f"{own_msr:x}", *how]

@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include "clock.h"
 #include "core.h"
+#include "filter.h"
 #include "quick.h"
 #include "script_trap.h"
 
@@ -32,7 +33,9 @@ struct core core = {.shared_fd = -1, .debugger_eventfd = -1, .change_lock = PTHR
 
 uint8_t core_interest[1 << 16];
 
-static struct table no_events = {.quick_half = -1, .apart = UINT64_MAX};
+static struct table *no_events;
+
+static struct table *make_table(const struct vmexit_event *events, size_t count);
 
 /* ---- set-up ---- */
 
@@ -97,8 +100,8 @@ bool core_init(const struct door *door, unsigned vcpus)
     core.ring_mask = records - 1;
     core.half_mask = records / 2 - 1;
     core.text_mask = words - 1;
-    core.table = &no_events;
-    return true;
+    core.table = no_events = make_table(NULL, 0);
+    return core.table != NULL;
 }
 
 const struct door *core_door(void) { return core.door; }
@@ -159,7 +162,7 @@ static void free_table(struct table *table)
 
 static bool table_runs(const struct table *table, const struct script *script)
 {
-    for (size_t i = 0; i < table->count; i++)
+    for (size_t i = 0; i < 2 * table->count; i++)
         if (table->scripts[i] == script)
             return true;
     return false;
@@ -199,10 +202,10 @@ static bool is_apart(const struct vmexit_event *event)
 static bool is_quick(const struct vmexit_event *events, size_t count)
 {
     for (size_t i = count > 0 && is_apart(&events[0]); i < count; i++)
-        if (events[i].actions != VMEXIT_RECORD || events[i].stages != VMEXIT_PRE ||
+        if (events[i].actions != VMEXIT_RECORD || events[i].stages != VMEXIT_PRE || events[i].condition || filter_is_there(&events[i]) ||
             (events[i].flags & (VMEXIT_SHORT_CIRCUIT | VMEXIT_IMMEDIATE)))
             return false;
-    return core.has_membarrier && clock_has_tsc();
+    return count > 0 && core.has_membarrier && clock_has_tsc();
 }
 
 static struct table *make_table(const struct vmexit_event *events, size_t count)
@@ -211,7 +214,7 @@ static struct table *make_table(const struct vmexit_event *events, size_t count)
     for (size_t i = 0; i < count; i++)
         rules += events[i].range_count;
     struct table *table = malloc(sizeof *table + count * sizeof *events + rules * sizeof *table->rules);
-    const struct script **scripts = calloc(count + 1, sizeof *scripts);
+    const struct script **scripts = calloc(2 * count + 1, sizeof *scripts);
     if (table == NULL || scripts == NULL) {
         free(table);
         free(scripts);
@@ -229,6 +232,7 @@ static struct table *make_table(const struct vmexit_event *events, size_t count)
         const struct vmexit_event *event = &events[i];
         table->events[i] = *event;
         table->scripts[i] = scripts_find(event->script);
+        table->scripts[count + i] = scripts_find(event->condition);
         for (uint32_t r = 0; r < event->range_count && (event->flags & VMEXIT_ENABLED) && !(has_own && i == 0); r++)
             *rule++ = (struct rule){
                 .first = event->ranges[r].first,
@@ -253,27 +257,31 @@ static bool event_is_sound(const struct vmexit_event *event, const struct vmexit
         return false;
     if (event->actions & VMEXIT_SCRIPT ? scripts_find(event->script) == NULL : event->script != 0)
         return false;
+    if (event->condition != 0 && scripts_find(event->condition) == NULL)
+        return false;
     if (event->access == 0 || event->access > (VMEXIT_WRMSR | VMEXIT_RDMSR))
         return false;
     if (event->stages == 0 || event->stages > (VMEXIT_PRE | VMEXIT_POST))
         return false;
     if (event->actions == 0 || event->actions > (VMEXIT_RECORD | VMEXIT_ASK | VMEXIT_BREAK | VMEXIT_SCRIPT))
         return false;
-    if (event->flags > (VMEXIT_ENABLED | VMEXIT_SHORT_CIRCUIT | VMEXIT_IMMEDIATE | VMEXIT_WITH_PROCESS))
+    if (event->flags > (VMEXIT_ENABLED | VMEXIT_SHORT_CIRCUIT | VMEXIT_IMMEDIATE | VMEXIT_WITH_PROCESS | VMEXIT_ASK_FIRST))
+        return false;
+    if ((event->flags & VMEXIT_ASK_FIRST) && !(event->actions & VMEXIT_ASK))
         return false;
     if (event->range_count == 0 || event->range_count > VMEXIT_MAX_RANGES)
         return false;
     for (uint32_t i = 0; i < event->range_count; i++)
         if (event->ranges[i].first > event->ranges[i].last)
             return false;
-    return true;
+    return filter_is_sound(event);
 }
 
 static uint32_t needed_capabilities(const struct vmexit_event *event)
 {
     return VMEXIT_CAN_RECORD | (event->stages & VMEXIT_POST ? VMEXIT_CAN_POST : 0) |
            (event->actions & VMEXIT_ASK ? VMEXIT_CAN_READ : 0) | (event->actions & VMEXIT_BREAK ? VMEXIT_CAN_BREAK : 0) |
-           (event->actions & VMEXIT_SCRIPT ? VMEXIT_CAN_READ | VMEXIT_CAN_MODIFY : 0) |
+           (event->actions & VMEXIT_SCRIPT ? VMEXIT_CAN_READ | VMEXIT_CAN_MODIFY : 0) | (event->condition ? VMEXIT_CAN_READ : 0) |
            (event->flags & VMEXIT_SHORT_CIRCUIT ? VMEXIT_CAN_SKIP : 0) |
            (event->process != VMEXIT_ALL_PROCESSES ? VMEXIT_CAN_READ | VMEXIT_CAN_MEMORY : 0);
 }
@@ -329,7 +337,7 @@ static int replace_table(struct table *table, uint64_t changes)
     int status = exchange_tables(table, changes);
     if (status == VMEXIT_STALE)
         return status;
-    if (old != &no_events) {
+    if (old != no_events) {
         old->retired = core.retired;
         core.retired = old;
     }
@@ -347,7 +355,7 @@ int core_set_events(const struct vmexit_event *events, size_t count, uint64_t ch
         if (needed_capabilities(&events[i]) & ~core.door->capabilities)
             return VMEXIT_UNAVAILABLE;
     }
-    struct table *table = make_table(events, count);
+    struct table *table = filters_prepare(events, count) ? make_table(events, count) : NULL;
     if (table == NULL)
         return VMEXIT_UNAVAILABLE;
     int status = replace_table(table, changes);
@@ -570,7 +578,8 @@ bool core_leave_text(struct trap *trap, const struct vmexit_event *event, unsign
 
 static bool answer_is_sound(const struct vmexit_question *question)
 {
-    return (question->changed & ~WRITABLE) == 0 && question->skip <= 1 && question->halt <= 1;
+    return (question->changed & ~WRITABLE) == 0 && question->skip <= 1 && question->halt <= 1 && question->script <= 1 &&
+           question->again <= 1;
 }
 
 static bool is_answered(const struct vcpu *vcpu, uint64_t sequence)
@@ -606,31 +615,40 @@ void trap_follow(struct trap *trap, const uint64_t *registers, uint32_t changed)
         trap->rsp = registers[VMEXIT_RSP];
 }
 
-/* Stops the vCPU until the debugger has answered. An unsound answer, and a debugger that dies, change nothing. True: the debugger
- * wants the machine halted here. */
-static bool ask(struct trap *trap, struct vcpu *vcpu, const struct vmexit_event *event, struct progress *progress)
+/* What the debugger wants done at a trap, beyond changed registers. */
+struct wanted {
+    bool halt;
+    bool script;
+    bool again;
+};
+
+/* Stops the vCPU until the debugger has answered. An unsound answer, and a debugger that dies, change nothing and want nothing.
+ * `flags`: of the record. */
+static struct wanted ask(struct trap *trap, struct vcpu *vcpu, const struct vmexit_event *event, struct progress *progress,
+                         unsigned flags)
 {
     struct vmexit_question *question = &vcpu->ring->question;
     const uint32_t session = current_session();
     question->changed = 0;
     question->skip = progress->skip;
-    question->halt = 0;
+    question->halt = question->script = question->again = 0;
     trap->door->get_asked(trap, question->registers);
     __atomic_store_n(&vcpu->asking, true, __ATOMIC_RELEASE);
-    uint64_t sequence = publish(trap, vcpu, event, VMEXIT_ASK, progress->skip ? VMEXIT_SKIPPED : 0, NULL);
+    uint64_t sequence = publish(trap, vcpu, event, VMEXIT_ASK, flags | (progress->skip ? VMEXIT_SKIPPED : 0), NULL);
     bool answered = sequence != UINT64_MAX && wait_for_answer(vcpu, session, sequence);
     __atomic_store_n(&vcpu->asking, false, __ATOMIC_RELEASE);
     __atomic_store_n(&question->asked, 0, __ATOMIC_RELEASE);
     struct vmexit_question answer = *question;
     if (!answered || !answer_is_sound(&answer))
-        return false;
+        return (struct wanted){0};
     if (!progress->decided)
         progress->skip = answer.skip;
-    if (answer.changed == 0)
-        return answer.halt;
-    trap->door->set_asked(trap, answer.registers, answer.changed);
-    trap_follow(trap, answer.registers, answer.changed);
-    return answer.halt;
+    if (answer.changed) {
+        trap->door->set_asked(trap, answer.registers, answer.changed);
+        trap_follow(trap, answer.registers, answer.changed);
+    }
+    return (struct wanted){
+        .halt = answer.halt && (core.door->capabilities & VMEXIT_CAN_BREAK), .script = answer.script, .again = answer.again};
 }
 
 bool core_is_asking(unsigned vcpu)
@@ -658,25 +676,41 @@ static bool matches(const struct vmexit_event *event, struct trap *trap, unsigne
 {
     return (flags_of(event) & VMEXIT_ENABLED) && (event->access & trap->access) && (event->stages & stage) &&
            (event->core == VMEXIT_ALL_CORES || event->core == trap->vcpu) && has_msr(event, trap->msr) &&
-           (event->process == VMEXIT_ALL_PROCESSES || task_is_of(trap_task(trap), event->process));
+           (event->process == VMEXIT_ALL_PROCESSES || task_is_of(trap_task(trap), event->process)) &&
+           (!filter_is_there(event) || filter_lets(event, trap, stage));
+}
+
+/* Counts a trap that an event matches, and tells whether its condition lets it act. */
+static bool is_let(struct trap *trap, struct vcpu *vcpu, const struct table *table, size_t index, struct progress *progress)
+{
+    const struct vmexit_event *event = &table->events[index];
+    uint64_t *hits = &vcpu->ring->hits[event->slot];
+    __atomic_store_n(hits, *hits + 1, __ATOMIC_RELAXED);
+    const struct script *condition = table->scripts[table->count + index];
+    return condition == NULL || scripts_hold(trap, event, condition, progress);
 }
 
 /* True: the machine has to halt. */
 static bool act(struct trap *trap, struct vcpu *vcpu, const struct table *table, size_t index, struct progress *progress)
 {
     const struct vmexit_event *event = &table->events[index];
-    uint64_t *hits = &vcpu->ring->hits[event->slot];
-    __atomic_store_n(hits, *hits + 1, __ATOMIC_RELAXED);
-    unsigned flags = progress->skip ? VMEXIT_SKIPPED : 0;
+    const struct script *script = table->scripts[index];
+    const bool asks_first = flags_of(event) & VMEXIT_ASK_FIRST;
+    const unsigned again = event->actions & VMEXIT_RECORD ? VMEXIT_AGAIN : 0;
     if (event_asks_for_task(event) && event->actions != VMEXIT_SCRIPT)
         tell_name(trap, vcpu, event);
     if (event->actions & VMEXIT_RECORD)
-        publish(trap, vcpu, event, VMEXIT_RECORD, flags, NULL);
+        publish(trap, vcpu, event, VMEXIT_RECORD, progress->skip ? VMEXIT_SKIPPED : 0, NULL);
     bool halt = event->actions & VMEXIT_BREAK;
-    if (event->actions & VMEXIT_SCRIPT)
-        halt |= scripts_run(trap, event, table->scripts[index], progress);
-    if (event->actions & VMEXIT_ASK)
-        halt |= ask(trap, vcpu, event, progress) && (core.door->capabilities & VMEXIT_CAN_BREAK);
+    struct wanted wanted = {.script = true, .again = event->actions & VMEXIT_ASK};
+    if (asks_first) {
+        wanted = ask(trap, vcpu, event, progress, again);
+        halt |= wanted.halt;
+    }
+    if (wanted.script && script)
+        halt |= scripts_run(trap, event, script, progress);
+    if (wanted.again)
+        halt |= ask(trap, vcpu, event, progress, asks_first ? VMEXIT_AGAIN : again).halt;
     /* A break that the debugger does not get to know of must not halt the machine: nobody would let it go on. */
     return halt && publish(trap, vcpu, event, VMEXIT_BREAK, progress->skip ? VMEXIT_SKIPPED : 0, NULL) != UINT64_MAX;
 }
@@ -686,12 +720,16 @@ enum verdict core_pre(struct trap *trap, struct progress *progress)
     struct vcpu *vcpu = &core.vcpus[trap->vcpu];
     const struct table *table = table_enter(vcpu);
     trap->stage = VMEXIT_PRE;
+    trap->before.again = progress->after == PROGRESS_DONE;
     for (size_t i = 0; i < table->count && table->events[i].id <= progress->limit; i++) {
         const struct vmexit_event *event = &table->events[i];
-        if ((progress->after != 0 && event->id <= progress->after) || !matches(event, trap, VMEXIT_PRE))
+        const bool has_acted = progress->after != 0 && event->id <= progress->after;
+        /* One that compares with the value of before has to see that one, even if it has acted before a break. */
+        if ((has_acted && !event->changes) || !matches(event, trap, VMEXIT_PRE) || has_acted ||
+            !is_let(trap, vcpu, table, i, progress))
             continue;
         /* Each event that acts sets the short-circuit state anew, so the last one decides. */
-        if (!progress->decided)
+        if (!progress->decided && !(flags_of(event) & VMEXIT_ASK_FIRST))
             progress->skip = flags_of(event) & VMEXIT_SHORT_CIRCUIT;
         if (act(trap, vcpu, table, i, progress)) {
             progress->after = event->id;
@@ -703,8 +741,12 @@ enum verdict core_pre(struct trap *trap, struct progress *progress)
     }
     progress->after = PROGRESS_DONE;
     trap->wants_post = false;
-    for (size_t i = 0; i < table->count && !progress->skip && !trap->wants_post; i++)
-        trap->wants_post = matches(&table->events[i], trap, VMEXIT_POST);
+    /* All that will compare the value with the one of before have to see that one now. */
+    for (size_t i = 0; i < table->count && !progress->skip; i++)
+        if (!trap->wants_post || table->events[i].changes)
+            trap->wants_post |= matches(&table->events[i], trap, VMEXIT_POST);
+    if (!progress->skip)
+        filter_note(trap);
     table_leave(vcpu);
     return progress->skip ? SKIP : CARRY_OUT;
 }
@@ -719,7 +761,7 @@ enum verdict core_post(struct trap *trap)
     const uint32_t msr = trap->msr;
     for (size_t i = 0; i < table->count; i++) {
         struct progress progress = PROGRESS_BEGIN;
-        if (!matches(&table->events[i], trap, VMEXIT_POST))
+        if (!matches(&table->events[i], trap, VMEXIT_POST) || !is_let(trap, vcpu, table, i, &progress))
             continue;
         if (act(trap, vcpu, table, i, &progress))
             verdict = STOP;
@@ -757,6 +799,7 @@ uint64_t core_attach(void)
             .text_tail = core.vcpus[i].text_head,
         };
     scripts_begin_session();
+    filters_begin_session();
     tasks_begin_session();
     clock_calibrate();
     __atomic_fetch_add(&core.session, 1, __ATOMIC_SEQ_CST);
@@ -766,7 +809,7 @@ uint64_t core_attach(void)
 void core_detach(void)
 {
     __atomic_fetch_add(&core.session, 1, __ATOMIC_SEQ_CST);
-    while (replace_table(&no_events, __atomic_load_n(&core.changes, __ATOMIC_RELAXED)) == VMEXIT_STALE)
+    while (replace_table(no_events, __atomic_load_n(&core.changes, __ATOMIC_RELAXED)) == VMEXIT_STALE)
         ; /* a script has just changed an event */
     core_set_overflow_drop(false);
     for (unsigned i = 0; i < core.vcpu_count; i++)

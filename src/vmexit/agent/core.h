@@ -23,6 +23,12 @@ struct trap {
     uint64_t rsp;
     uint32_t msr; /* ECX */
     uint64_t value; /* EDX:EAX */
+    struct {
+        uint8_t is; /* what filter.c knows of it */
+        bool again; /* the events of the pre stage have acted: the instruction comes once more */
+        uint32_t msr;
+        uint64_t value;
+    } before; /* what the MSR held before the instruction */
     const struct task *task; /* what runs, once somebody has asked */
 };
 
@@ -54,6 +60,8 @@ struct door {
     bool (*reach_memory)(struct trap *trap, bool physical, bool write, uint64_t address, void *bytes, uint32_t length);
     bool (*to_physical)(struct trap *trap, uint64_t address, uint64_t *physical);
     bool (*to_virtual)(struct trap *trap, uint64_t physical, uint64_t *address);
+    /* What an MSR of the trapping vCPU holds. False: not to be known. */
+    bool (*peek_msr)(struct trap *trap, uint32_t msr, uint64_t *value);
 
     /* For the way to the current thread (task.h), on the vCPU's own thread at a trap. What GS leads to; KERNEL_GS_BASE, which is asked for
      * seldom; where a page of physical memory is in this process, if it may be read there until tasks_forget_memory (null: it may not); and
@@ -70,6 +78,7 @@ struct door {
     int (*get_register)(unsigned vcpu, unsigned number, uint64_t *value); /* these, or one of script.h */
     int (*set_register)(unsigned vcpu, unsigned number, uint64_t value);
     int (*access_memory)(unsigned vcpu, bool physical, bool write, uint64_t address, void *bytes, uint32_t length);
+    int (*access_msr)(unsigned vcpu, bool write, uint32_t msr, uint64_t *value);
     int (*translate)(unsigned vcpu, bool to_virtual, uint64_t address, uint64_t *translated);
     int (*decide)(unsigned vcpu, bool skip);
     /* Lets a machine run that the debugger had halted and can no longer let run itself. */

@@ -170,6 +170,11 @@ static bool to_virtual(struct trap *trap, uint64_t physical, uint64_t *address)
     return paging && paging_find(paging, physical, PAGING_MANY_TABLES, address);
 }
 
+static bool peek_msr(struct trap *trap, uint32_t msr, uint64_t *value)
+{
+    return access_peek_msr(((struct place *)trap->place)->cpu, msr, value);
+}
+
 static const struct door *the_door(void);
 
 static struct trap make_trap(struct place *place, unsigned access, uint32_t msr, uint64_t rip)
@@ -379,6 +384,11 @@ static int run(struct cpu *cpu)
         __atomic_store_n(&cpu->passed, true, __ATOMIC_RELEASE);
     }
     __atomic_store_n(&cpu->busy, true, __ATOMIC_SEQ_CST);
+    while (__builtin_expect(__atomic_load_n(&vm.is_silent, __ATOMIC_SEQ_CST), 0)) {
+        __atomic_store_n(&cpu->busy, false, __ATOMIC_SEQ_CST);
+        halt_wait_for_silence_to_end();
+        __atomic_store_n(&cpu->busy, true, __ATOMIC_SEQ_CST);
+    }
     int result = run_until_exit(cpu);
     int error = errno;
     __atomic_store_n(&cpu->busy, false, __ATOMIC_SEQ_CST);
@@ -490,6 +500,17 @@ static int access_memory(unsigned vcpu, bool physical, bool write, uint64_t addr
     return done ? VMEXIT_OK : VMEXIT_UNREADABLE;
 }
 
+static int access_msr(unsigned vcpu, bool write, uint32_t msr, uint64_t *value)
+{
+    int status;
+    struct cpu *cpu = reachable(vcpu, &status);
+    if (cpu == NULL || (write && core_is_asking(vcpu)))
+        return cpu ? VMEXIT_RUNNING : status;
+    if (write)
+        return access_write_msr(cpu, msr, *value);
+    return access_peek_msr(cpu, msr, value) ? VMEXIT_OK : VMEXIT_NO_MSR;
+}
+
 static int translate(unsigned vcpu, bool to_virtual, uint64_t address, uint64_t *translated)
 {
     int status;
@@ -519,6 +540,7 @@ static struct door door = {
     .reach_memory = reach_memory,
     .to_physical = to_physical,
     .to_virtual = to_virtual,
+    .peek_msr = peek_msr,
     .get_task_registers = task_get_registers,
     .get_kernel_gs_base = task_get_kernel_gs_base,
     .find_page = state_find_page,
@@ -528,6 +550,7 @@ static struct door door = {
     .get_register = get_register,
     .set_register = set_register,
     .access_memory = access_memory,
+    .access_msr = access_msr,
     .translate = translate,
     .decide = decide,
     .resume = halt_resume,

@@ -17,6 +17,10 @@
 #define KVM_MOST_VCPUS 1024
 /* The wire's registers and those that only scripts name (script.h). */
 #define KVM_REGISTERS (VMEXIT_SCRIPT_DR7 + 1)
+/* MSRs of one vCPU that can be written while the machine is halted once. */
+#define KVM_MOST_WRITES 64
+/* In struct cpu.changed, beyond the registers. */
+#define CHANGED_MSRS (UINT64_C(1) << 63)
 
 /* The access that a vCPU has left KVM for, and that its VMM has to carry out because it asked KVM for it too. */
 struct promise {
@@ -43,6 +47,11 @@ struct cpu {
      * registers anew. A bit each; under kvm_lock. */
     uint64_t changed;
     uint64_t values[KVM_REGISTERS];
+    struct {
+        uint32_t msr;
+        uint64_t value;
+    } writes[KVM_MOST_WRITES]; /* of MSRs, likewise; CHANGED_MSRS says that there are any */
+    unsigned write_count;
     struct promise promise;
 };
 
@@ -55,6 +64,7 @@ extern struct vm {
     bool syncs_sregs; /* events ask for processes */
     bool is_armed; /* events want MSRs */
     bool is_parked; /* vCPUs do not enter the guest: where the agent itself halts the machine */
+    bool is_silent; /* nor do they begin to, for a moment */
     unsigned count;
     struct cpu *cpus[KVM_MOST_VCPUS];
 } vm;
@@ -88,6 +98,9 @@ int msrs_want(const struct vmexit_event *events, size_t count);
 bool msrs_own_denies(uint32_t msr, bool write);
 bool msrs_own_reason(uint64_t reason);
 
+/* Whether the guest's WRMSR of this faults, though a VMM may set it: a read-only MSR, and long mode switched with paging on. */
+bool msrs_refuse_guest(const struct cpu *cpu, uint32_t msr, uint64_t value);
+
 enum carried { CARRIED_OUT, FAULTED, LEFT_TO_VMM };
 /* Carries an access out as the guest's own, and says so in `run->msr` for when the vCPU enters the guest. */
 enum carried msrs_carry_out(struct cpu *cpu, bool write, uint32_t msr, uint64_t value);
@@ -113,10 +126,21 @@ void state_apply(struct cpu *cpu);
 /* The VMM's own ioctl on the VM: its result. */
 int state_set_memory(unsigned long request, const struct kvm_userspace_memory_region *region);
 bool state_has_memory(void);
+/* A slot that the VMM has set up before; under the lock. */
+void state_know_memory(uint32_t number, uint64_t first, uint64_t size, uint64_t address);
 /* Physical memory; virtual memory by way of what state_get_paging gives. */
 bool state_access_memory(bool write, uint64_t address, void *bytes, uint32_t length);
 bool state_get_paging(struct cpu *cpu, struct paging *paging);
 
+/* ---- kvm_access.c: MSRs that the debugger reads and writes ---- */
+
+/* At a trap or while the vCPU stands still. False: there is no such MSR, or the VMM has it and not KVM. */
+bool access_peek_msr(struct cpu *cpu, uint32_t msr, uint64_t *value);
+/* Only while it stands still, with no exit unfinished: now, and once more when it enters the guest, because its VMM may set all MSRs anew.
+ * VMEXIT_OK, VMEXIT_NO_MSR, VMEXIT_NO_VALUE, VMEXIT_UNAVAILABLE: too many at once. */
+int access_write_msr(struct cpu *cpu, uint32_t msr, uint64_t value);
+/* As state_apply, which calls it. */
+void access_apply(struct cpu *cpu);
 /* Where a page of physical memory is in this process; null where it cannot be read there. */
 const uint8_t *state_find_page(uint64_t physical);
 
@@ -145,8 +169,18 @@ int halt_set(bool halted);
 void halt_resume(void);
 /* The machine does not run until a debugger lets it. */
 void halt_at_start(void);
+/* While no debugger is there: has every vCPU leave the guest, and takes the lock, so that the VMM changes nothing. False: they do not. */
+bool halt_begin_silence(void);
+void halt_end_silence(void);
+/* On a vCPU's thread: until it is over. */
+void halt_wait_for_silence_to_end(void);
 /* A mask that the VMM sets for KVM_RUN, without the signal that fetches vCPUs out of the guest. */
 void halt_amend_mask(uint8_t *mask, uint32_t bytes);
+
+/* ---- kvm_slots.c ---- */
+
+/* Finds the slots that the VMM has set up before the agent came, if it can; `device` is the VMM's /dev/kvm, or -1. */
+void slots_find(int device);
 
 #pragma GCC visibility pop
 

@@ -74,10 +74,19 @@ static void look_around(struct found *found)
         closedir(folder);
 }
 
+/* A VMM may have closed it. */
+static int run_bytes(int device)
+{
+    int ours = device < 0 ? open("/dev/kvm", O_RDWR | O_CLOEXEC) : -1;
+    int bytes = kvm_plain(ours < 0 ? device : ours, KVM_GET_VCPU_MMAP_SIZE, NULL);
+    if (ours >= 0)
+        close(ours);
+    return bytes;
+}
+
 static bool take_in(const struct found *found)
 {
-    int device = found->device >= 0 ? found->device : open("/dev/kvm", O_RDWR | O_CLOEXEC);
-    int bytes = kvm_plain(device, KVM_GET_VCPU_MMAP_SIZE, NULL);
+    int bytes = run_bytes(found->device);
     if (bytes <= 0)
         return false;
     vm.fd = found->vm;
@@ -198,6 +207,23 @@ static int redirect_object(struct dl_phdr_info *object, size_t size, void *unuse
 
 /* ---- waiting until no vCPU is in the guest without us ---- */
 
+/* A thread of the kernel's that looks like one of the VMM's (KVM has one for its large pages): its system call is the one in which it
+ * was made, which may be KVM_RUN, and never ends. */
+static bool is_kernels(const char *thread)
+{
+    enum { USER_WORKER = 0x4000 }; /* PF_USER_WORKER, include/linux/sched.h */
+    char path[96], text[512] = "";
+    unsigned flags = 0;
+    snprintf(path, sizeof path, "/proc/self/task/%.20s/stat", thread);
+    int file = open(path, O_RDONLY | O_CLOEXEC);
+    if (file < 0)
+        return false;
+    ssize_t length = read(file, text, sizeof text - 1);
+    close(file);
+    const char *behind_name = length > 0 ? strrchr(text, ')') : NULL;
+    return behind_name && sscanf(behind_name, ") %*c %*d %*d %*d %*d %*d %u", &flags) == 1 && (flags & USER_WORKER);
+}
+
 static bool may_be_inside(const char *thread, int fd)
 {
     char path[96], call[64] = "";
@@ -210,9 +236,9 @@ static bool may_be_inside(const char *thread, int fd)
     ssize_t length = read(file, call, sizeof call - 1);
     close(file);
     if (length <= 0 || strncmp(call, "running", 7) == 0)
-        return true;
+        return !is_kernels(thread);
     return sscanf(call, "%ld %lx %lx", &number, (unsigned long *)&descriptor, &request) == 3 && number == SYS_ioctl &&
-           (descriptor & INT32_MAX) == fd && (uint32_t)request == KVM_RUN;
+           (descriptor & INT32_MAX) == fd && (uint32_t)request == KVM_RUN && !is_kernels(thread);
 }
 
 /* A vCPU whose thread waits for something else comes through our ioctl when it goes on. */
@@ -274,7 +300,10 @@ static void *come_in(void *unused)
     assume_filter();
     __atomic_store_n(&vm.active, true, __ATOMIC_SEQ_CST);
     dl_iterate_phdr(redirect_object, NULL);
-    int listening = wait_until_outside() ? make_socket() : -1;
+    bool outside = wait_until_outside();
+    if (outside)
+        slots_find(found.device);
+    int listening = outside ? make_socket() : -1;
     if (listening >= 0 && !kvm_serve(listening))
         close(listening);
     return NULL;

@@ -18,6 +18,8 @@
 enum { FETCHED = 2 };
 /* A vCPU that sleeps here lets its VMM look so often whether it has something else for it to do. */
 enum { SLEEP_MS = 100 };
+/* A vCPU that does not come out of the guest in that time does not want to. */
+enum { SILENCE_MS = 1000 };
 
 static int fetch_signal; /* 0: not chosen yet */
 static unsigned parked_times;
@@ -136,6 +138,35 @@ static void unpark(void)
     for (unsigned i = 0; i < __atomic_load_n(&vm.count, __ATOMIC_ACQUIRE); i++)
         (void)!write(vm.cpus[i]->wake, &one, sizeof one);
     link_announce_machine(true);
+}
+
+void halt_wait_for_silence_to_end(void)
+{
+    while (__atomic_load_n(&vm.is_silent, __ATOMIC_SEQ_CST))
+        moment();
+}
+
+/* A vCPU says that it is busy, then looks whether there is silence; here it is the other way round. */
+bool halt_begin_silence(void)
+{
+    int left = qemu_can_halt() ? 0 : SILENCE_MS;
+    __atomic_store_n(&vm.is_silent, true, __ATOMIC_SEQ_CST);
+    for (unsigned i = 0; i < __atomic_load_n(&vm.count, __ATOMIC_ACQUIRE) && left > 0; i++)
+        for (; is_busy(vm.cpus[i]) && left > 0; left--) {
+            fetch(vm.cpus[i]);
+            moment();
+        }
+    pthread_mutex_lock(&kvm_lock);
+    if (left > 0)
+        return true;
+    halt_end_silence();
+    return false;
+}
+
+void halt_end_silence(void)
+{
+    pthread_mutex_unlock(&kvm_lock);
+    __atomic_store_n(&vm.is_silent, false, __ATOMIC_SEQ_CST);
 }
 
 void halt_at_start(void) { __atomic_store_n(&vm.is_parked, true, __ATOMIC_SEQ_CST); }

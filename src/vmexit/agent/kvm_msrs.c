@@ -214,6 +214,11 @@ static bool write_efer(struct cpu *cpu, uint64_t value)
     return done;
 }
 
+bool msrs_refuse_guest(const struct cpu *cpu, uint32_t msr, uint64_t value)
+{
+    return is_read_only(msr) || (msr == IA32_EFER && switches_mode(cpu, value));
+}
+
 static bool write_msr(struct cpu *cpu, uint32_t msr, uint64_t value)
 {
     if (is_read_only(msr))

@@ -236,6 +236,8 @@ void state_apply(struct cpu *cpu)
     pthread_mutex_unlock(&kvm_lock);
     if (changed)
         set_changed(cpu, values, changed);
+    if (changed & CHANGED_MSRS)
+        access_apply(cpu);
 }
 
 /* ---- memory ---- */
@@ -257,18 +259,22 @@ static struct slot *slot_numbered(uint32_t number)
     return &memory.slots[memory.count++];
 }
 
+void state_know_memory(uint32_t number, uint64_t first, uint64_t size, uint64_t address)
+{
+    struct slot *slot = slot_numbered(number);
+    memory.seen = true;
+    if (slot)
+        *slot = (struct slot){number, first, size, address};
+}
+
 /* Done under the lock, so that nobody reads memory that the VMM takes away behind it. */
 int state_set_memory(unsigned long request, const struct kvm_userspace_memory_region *region)
 {
     pthread_mutex_lock(&kvm_lock);
     int result = kvm_plain(vm.fd, request, (void *)region);
     /* The upper half names an address space; 1 is what SMM sees. */
-    if (result == 0 && region->slot >> 16 == 0) {
-        struct slot *slot = slot_numbered(region->slot);
-        memory.seen = true;
-        if (slot)
-            *slot = (struct slot){region->slot, region->guest_phys_addr, region->memory_size, region->userspace_addr};
-    }
+    if (result == 0 && region->slot >> 16 == 0)
+        state_know_memory(region->slot, region->guest_phys_addr, region->memory_size, region->userspace_addr);
     pthread_mutex_unlock(&kvm_lock);
     tasks_forget_memory();
     return result;

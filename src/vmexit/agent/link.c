@@ -12,6 +12,8 @@
 
 #include "script_trap.h"
 
+/* A script's own and its buffer's. */
+enum { MOST_FILES = 2 };
 enum { MOST_PAYLOAD = VMEXIT_MAX_EVENTS * sizeof(struct vmexit_event) };
 
 struct datagram {
@@ -26,9 +28,9 @@ static struct {
     pthread_mutex_t lock;
     bool greeted;
     bool held; /* the debugger keeps the machine halted */
-    int file; /* that came with the message; -1: none did */
+    int files[MOST_FILES]; /* that came with the message; -1: none did */
     struct datagram in;
-} server = {.client = -1, .file = -1, .lock = PTHREAD_MUTEX_INITIALIZER};
+} server = {.client = -1, .files = {-1, -1}, .lock = PTHREAD_MUTEX_INITIALIZER};
 
 /* ---- sending ---- */
 
@@ -146,10 +148,10 @@ static int set_events(const struct vmexit_message *message)
 static int add_script(const struct vmexit_message *message)
 {
     struct vmexit_script_file file;
-    if (message->length != sizeof file || server.file < 0)
+    if (message->length != sizeof file || server.files[0] < 0)
         return VMEXIT_REFUSED;
     memcpy(&file, server.in.payload, sizeof file);
-    return scripts_add(&file, server.file);
+    return scripts_add(&file, server.files[0], server.files[1]);
 }
 
 static void read_registers(const struct vmexit_message *message)
@@ -157,6 +159,24 @@ static void read_registers(const struct vmexit_message *message)
     uint64_t registers[VMEXIT_REGISTERS] = {0};
     int status = message->length == 0 ? core_door()->get_registers(message->vcpu, registers) : VMEXIT_REFUSED;
     answer(status, registers, status == VMEXIT_OK ? sizeof registers : 0, NULL, 0);
+}
+
+static void read_msr(const struct vmexit_message *message)
+{
+    const struct door *door = core_door();
+    uint64_t value = 0;
+    int status = VMEXIT_REFUSED;
+    if (message->length == 0)
+        status = door->access_msr ? door->access_msr(message->vcpu, false, message->argument, &value) : VMEXIT_UNAVAILABLE;
+    answer(status, &value, status == VMEXIT_OK ? sizeof value : 0, NULL, 0);
+}
+
+static int write_msr(const struct vmexit_message *message)
+{
+    uint64_t value = message->address;
+    if (message->length != 0)
+        return VMEXIT_REFUSED;
+    return core_door()->access_msr ? core_door()->access_msr(message->vcpu, true, message->argument, &value) : VMEXIT_UNAVAILABLE;
 }
 
 static void read_one_register(const struct vmexit_message *message)
@@ -221,6 +241,8 @@ static int change(const struct vmexit_message *message)
         if (!bare || message->argument >= VMEXIT_SCRIPT_REGISTERS)
             return VMEXIT_REFUSED;
         return core_door()->set_register(message->vcpu, message->argument, message->address);
+    case VMEXIT_WRITE_MSR:
+        return write_msr(message);
     case VMEXIT_ADD_SCRIPT:
         return add_script(message);
     case VMEXIT_SCRIPT_LIMITS:
@@ -247,6 +269,8 @@ static void serve(size_t received)
         answer(VMEXIT_REFUSED, NULL, 0, NULL, 0);
     } else if (message->type == VMEXIT_GET_REGISTERS) {
         read_registers(message);
+    } else if (message->type == VMEXIT_READ_MSR) {
+        read_msr(message);
     } else if (message->type == VMEXIT_GET_REGISTER) {
         read_one_register(message);
     } else if (message->type == VMEXIT_TRANSLATE) {
@@ -298,24 +322,32 @@ static void part(void)
         core_detach();
 }
 
-/* The file that came with a message, if exactly one did. */
-static int take_file(struct msghdr *header)
+/* The files that came with a message. */
+static void take_files(struct msghdr *header)
 {
     struct cmsghdr *rights = CMSG_FIRSTHDR(header);
-    int file = -1;
-    if (rights && rights->cmsg_level == SOL_SOCKET && rights->cmsg_type == SCM_RIGHTS && rights->cmsg_len == CMSG_LEN(sizeof file))
-        memcpy(&file, CMSG_DATA(rights), sizeof file);
-    return file;
+    if (rights && rights->cmsg_level == SOL_SOCKET && rights->cmsg_type == SCM_RIGHTS && rights->cmsg_len <= CMSG_LEN(sizeof server.files))
+        memcpy(server.files, CMSG_DATA(rights), rights->cmsg_len - CMSG_LEN(0));
+}
+
+static void drop_files(void)
+{
+    for (int i = 0; i < MOST_FILES; i++) {
+        if (server.files[i] >= 0)
+            close(server.files[i]);
+        server.files[i] = -1;
+    }
 }
 
 static ssize_t receive(void)
 {
     struct iovec part = {.iov_base = &server.in, .iov_len = sizeof server.in};
-    /* Room for one: the kernel closes what is more. */
-    _Alignas(struct cmsghdr) char control[CMSG_LEN(sizeof(int))];
+    /* No room for more: the kernel closes those. */
+    _Alignas(struct cmsghdr) char control[CMSG_LEN(sizeof server.files)];
     struct msghdr header = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control};
     ssize_t received = recvmsg(server.client, &header, MSG_TRUNC | MSG_CMSG_CLOEXEC);
-    server.file = received < 0 ? -1 : take_file(&header);
+    if (received >= 0)
+        take_files(&header);
     return received;
 }
 
@@ -328,9 +360,7 @@ static void listen_to_debugger(void)
         part();
     else
         serve((size_t)received <= sizeof server.in ? (size_t)received : 0);
-    if (server.file >= 0)
-        close(server.file);
-    server.file = -1;
+    drop_files();
 }
 
 /* A machine that was halted for a debugger which has died since goes on. */

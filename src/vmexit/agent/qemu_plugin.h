@@ -102,6 +102,11 @@ uint32_t cpu_cc_compute_all(void *env, int op) IF_PRESENT;
 void cpu_load_eflags(void *env, int eflags, int update_mask) IF_PRESENT;
 uint32_t address_space_rw(void *as, uint64_t addr, uint64_t attrs, void *buf, uint64_t len, bool is_write) IF_PRESENT;
 extern char address_space_memory[] IF_PRESENT;
+/* a VMStateDescription (include/migration/vmstate.h): where the CPU object keeps what migrates, field by field and with names */
+extern const char vmstate_x86_cpu[] IF_PRESENT;
+void *object_resolve_path_component(void *parent, const char *part) IF_PRESENT;
+uint64_t cpu_get_apic_base(void *apic) IF_PRESENT;
+void cpu_set_apic_base(void *apic, uint64_t value) IF_PRESENT;
 void *address_space_map(void *as, uint64_t addr, uint64_t *plen, bool is_write, uint64_t attrs) IF_PRESENT;
 void address_space_unmap(void *as, void *buffer, uint64_t len, bool is_write, uint64_t access_len) IF_PRESENT;
 bool cpu_physical_memory_is_io(uint64_t phys_addr) IF_PRESENT;

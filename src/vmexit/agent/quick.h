@@ -37,7 +37,7 @@ struct table {
     struct rule *rules;
     size_t count;
     uint32_t last_id;
-    const struct script **scripts; /* of each event, or null */
+    const struct script **scripts; /* of each event, or null; behind them all, the conditions likewise */
     struct vmexit_event events[]; /* and the rules behind them */
 };
 

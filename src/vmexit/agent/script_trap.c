@@ -18,6 +18,7 @@ struct script {
     uint32_t number;
     script_entry entry;
     struct vmexit_segment constants;
+    struct vmexit_segment buffer;
     void *memory;
     size_t size;
 };
@@ -162,13 +163,48 @@ static bool file_is_sound(const struct vmexit_script_file *file, int fd)
     return (uint64_t)status.st_size >= in_pages(file->code_size) + in_pages(file->constants_size);
 }
 
+/* $buffer can be written by anybody who has the file, but not cut off. */
+static bool buffer_is_sound(const struct vmexit_script_file *file, int fd)
+{
+    struct stat status;
+    if (file->buffer_size == 0)
+        return fd < 0;
+    if (file->buffer_size > VMEXIT_MAX_BUFFER || fd < 0)
+        return false;
+    int seals = fcntl(fd, F_GET_SEALS);
+    if (seals < 0 || !(seals & F_SEAL_SHRINK) || (seals & F_SEAL_WRITE) || fstat(fd, &status) != 0)
+        return false;
+    return (uint64_t)status.st_size >= in_pages(file->buffer_size);
+}
+
+static bool map_buffer(struct script *script, const struct vmexit_script_file *file, int fd)
+{
+    if (file->buffer_size == 0)
+        return true;
+    void *bytes = mmap(NULL, in_pages(file->buffer_size), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (bytes == MAP_FAILED)
+        return false;
+    script->buffer = (struct vmexit_segment){.bytes = bytes, .size = file->buffer_size, .writable = 1};
+    return true;
+}
+
+static void unmap(struct script *script)
+{
+    if (script->memory)
+        munmap(script->memory, script->size);
+    if (script->buffer.bytes)
+        munmap(script->buffer.bytes, in_pages(script->buffer.size));
+    free(script);
+}
+
 static bool map_file(struct script *script, const struct vmexit_script_file *file, int fd)
 {
     const size_t code = in_pages(file->code_size);
     script->size = code + in_pages(file->constants_size);
-    script->memory = mmap(NULL, script->size, PROT_READ | PROT_EXEC, MAP_PRIVATE, fd, 0);
-    if (script->memory == MAP_FAILED)
+    void *memory = mmap(NULL, script->size, PROT_READ | PROT_EXEC, MAP_PRIVATE, fd, 0);
+    if (memory == MAP_FAILED)
         return false;
+    script->memory = memory;
     if (file->constants_size)
         mprotect((uint8_t *)script->memory + code, script->size - code, PROT_READ);
     const uint8_t *entry = (uint8_t *)script->memory + file->entry;
@@ -204,13 +240,15 @@ static bool make_places(void)
     return true;
 }
 
-int scripts_add(const struct vmexit_script_file *file, int fd)
+int scripts_add(const struct vmexit_script_file *file, int fd, int buffer_fd)
 {
-    if (!file_is_sound(file, fd))
+    if (!file_is_sound(file, fd) || !buffer_is_sound(file, buffer_fd))
         return VMEXIT_REFUSED;
     struct script *script = calloc(1, sizeof *script);
-    if (script == NULL || !make_places() || !map_file(script, file, fd)) {
-        free(script);
+    if (script == NULL)
+        return VMEXIT_UNAVAILABLE;
+    if (!make_places() || !map_file(script, file, fd) || !map_buffer(script, file, buffer_fd)) {
+        unmap(script);
         return VMEXIT_UNAVAILABLE;
     }
     script->number = file->script;
@@ -246,8 +284,7 @@ void scripts_forget_unless(bool (*is_needed)(const struct script *script))
             continue;
         }
         *link = script->next;
-        munmap(script->memory, script->size);
-        free(script);
+        unmap(script);
     }
 }
 
@@ -287,6 +324,9 @@ static void ready(context_t *context, struct run *run, const struct script *scri
     context->native_budget = __atomic_load_n(&scripts.stack, __ATOMIC_RELAXED);
     context->local_time = scripts.local_time;
     context->segments[VMEXIT_ARENA_CONSTANTS] = script->constants;
+    context->segments[VMEXIT_ARENA_BUFFER] = script->buffer;
+    context->values[VMEXIT_VALUE_BUFFER] =
+        script->buffer.size ? (uint64_t)VMEXIT_ARENA_TAG << 56 | (uint64_t)VMEXIT_ARENA_BUFFER << 48 : 0;
     context->values[VMEXIT_VALUE_CONTEXT] = trap->msr;
     context->values[VMEXIT_VALUE_EVENT_STAGE] = trap->stage == VMEXIT_POST;
     context->values[VMEXIT_VALUE_EVENT_ID] = run->event->id - 1;
@@ -319,4 +359,13 @@ bool scripts_run(struct trap *trap, const struct vmexit_event *event, const stru
     if (error != VMEXIT_FAULT_NONE)
         leave_fault(&run, context, error);
     return run.halt;
+}
+
+bool scripts_hold(struct trap *trap, const struct vmexit_event *event, const struct script *condition, struct progress *progress)
+{
+    context_t *context = &scripts.places[trap->vcpu].context;
+    struct run run = {.trap = trap, .event = event, .progress = progress};
+    ready(context, &run, condition);
+    uint32_t error = script_run(context, condition->entry, __atomic_load_n(&scripts.steps, __ATOMIC_RELAXED));
+    return error == VMEXIT_FAULT_NONE && context->registers[VMEXIT_RAX] != 0;
 }

@@ -12,6 +12,7 @@
 #include "hold.h"
 #include "paging.h"
 #include "qemu.h"
+#include "qemu_msrs.h"
 #include "quick.h"
 
 enum { ENV_TRIES = 16, ENV_PROVEN = ENV_TRIES + 1 };
@@ -173,6 +174,8 @@ static bool to_virtual(struct trap *trap, uint64_t physical, uint64_t *address)
     return translate_at(trap->vcpu, trap->place, true, physical, address);
 }
 
+static bool peek_msr(struct trap *trap, uint32_t msr, uint64_t *value) { return qemu_peek_msr(trap->vcpu, msr, value); }
+
 static void halt(void)
 {
     vm_stop(RUN_STATE_PAUSED);
@@ -250,6 +253,16 @@ static int translate(unsigned vcpu, bool to_virtual, uint64_t address, uint64_t 
     return status;
 }
 
+static int access_msr(unsigned vcpu, bool write, uint32_t msr, uint64_t *value)
+{
+    int status = check_reachable(vcpu, write ? VMEXIT_CAN_MODIFY : VMEXIT_CAN_READ);
+    if (status != VMEXIT_OK)
+        return status;
+    if (write)
+        return core_is_asking(vcpu) ? VMEXIT_RUNNING : qemu_write_msr(vcpu, msr, *value);
+    return qemu_peek_msr(vcpu, msr, value) ? VMEXIT_OK : VMEXIT_NO_MSR;
+}
+
 static int decide(unsigned vcpu, bool skip) { return hold_decide(vcpu, skip) ? VMEXIT_OK : VMEXIT_REFUSED; }
 
 static int set_halted(bool halted)
@@ -285,6 +298,7 @@ static struct door door = {
     .reach_memory = reach_memory,
     .to_physical = to_physical,
     .to_virtual = to_virtual,
+    .peek_msr = peek_msr,
     .get_task_registers = qemu_task_registers,
     .get_kernel_gs_base = qemu_kernel_gs_base,
     .find_page = qemu_find_page,
@@ -293,6 +307,7 @@ static struct door door = {
     .get_register = get_register,
     .set_register = set_register,
     .access_memory = access_memory,
+    .access_msr = access_msr,
     .translate = translate,
     .decide = decide,
     .resume = qemu_resume,

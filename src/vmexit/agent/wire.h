@@ -18,6 +18,7 @@
 #define VMEXIT_MAX_EVENTS 256
 #define VMEXIT_MAX_RANGES 16
 #define VMEXIT_MAX_TRANSFER 4096
+#define VMEXIT_MAX_BUFFER 0x1000000 /* bytes of an event's buffer */
 #define VMEXIT_ALL_CORES 0xffffffff
 #define VMEXIT_ALL_PROCESSES 0xffffffff
 
@@ -44,12 +45,14 @@
 #define VMEXIT_SHORT_CIRCUIT 2
 #define VMEXIT_IMMEDIATE 4
 #define VMEXIT_WITH_PROCESS 8 /* its records and its script are to tell the guest's process and thread, where they are known */
+#define VMEXIT_ASK_FIRST 16 /* with VMEXIT_ASK: before the script, which runs if the answer says so; it decides on short-circuiting, too */
 
 /* vmexit_record.flags */
 #define VMEXIT_SKIPPED 1
 #define VMEXIT_INTERRUPTED 2
 #define VMEXIT_FAULTED 4 /* the processor or KVM refused the access (#GP); only tracepoints tell of such, an agent has no post stage then */
 #define VMEXIT_PROCESS_KNOWN 8 /* vmexit_record.process and .thread are those of the guest */
+#define VMEXIT_AGAIN 16 /* of a question: the event has left a record of this trap before, or has asked already */
 
 /* vmexit_ring.waiting */
 #define VMEXIT_WAITS_FOR_ROOM 1
@@ -110,9 +113,15 @@ struct vmexit_event {
     uint32_t core; /* a vCPU's index or VMEXIT_ALL_CORES */
     uint32_t range_count;
     uint32_t script; /* what VMEXIT_SCRIPT runs: the number that it was added with (VMEXIT_ADD_SCRIPT); else 0 */
+    uint32_t condition; /* a script that runs first: the event acts if that leaves RAX other than 0, and nothing else of it stays; or 0 */
     uint32_t process; /* of the guest, or VMEXIT_ALL_PROCESSES: as long as it is not known which one runs, no other is matched. Of the
                        * host, where the target merely looks on */
     struct vmexit_range ranges[VMEXIT_MAX_RANGES];
+    /* Only what differs from `value` in no bit of `mask`, and what differs from the MSR's value of before in any bit of `changes`. A
+     * read has a value only in stage post, and changes nothing. */
+    uint64_t value;
+    uint64_t mask; /* 0: whatever the value */
+    uint64_t changes; /* 0: whatever was there before */
 };
 
 struct vmexit_record {
@@ -157,7 +166,8 @@ struct vmexit_question {
     uint32_t changed; /* answer: bit n = the debugger changed registers[n] */
     uint8_t skip; /* answer: 0 or 1, the short-circuit state from here on */
     uint8_t halt; /* answer: 1 = halt the machine here, as VMEXIT_BREAK does */
-    uint8_t reserved[2];
+    uint8_t script; /* answer, with VMEXIT_ASK_FIRST: 1 = run the event's script now */
+    uint8_t again; /* answer, with VMEXIT_ASK_FIRST: 1 = then ask again */
 };
 
 struct vmexit_ring {
@@ -211,11 +221,13 @@ struct vmexit_shared {
 #define VMEXIT_READ_PHYSICAL 9
 #define VMEXIT_WRITE_VIRTUAL 10 /* vcpu, address, bytes behind the header */
 #define VMEXIT_WRITE_PHYSICAL 11
-#define VMEXIT_ADD_SCRIPT 12 /* struct vmexit_script_file, the file attached; forgotten unless the next VMEXIT_EVENTS names it */
+#define VMEXIT_ADD_SCRIPT 12 /* struct vmexit_script_file, the file (and that of $buffer) attached; forgotten unless the next VMEXIT_EVENTS names it */
 #define VMEXIT_SCRIPT_LIMITS 13 /* address = steps, argument = bytes of the native stack that a run may take */
-#define VMEXIT_SET_RECIPE 14 /* struct vmexit_recipe and its bases: how to find the current thread; nothing at all: not known any more */
+#define VMEXIT_READ_MSR 14 /* vcpu, argument = MSR -> uint64_t */
+#define VMEXIT_WRITE_MSR 15 /* vcpu, argument = MSR, address = value */
 #define VMEXIT_GET_REGISTER 16 /* vcpu, argument = register (these, or one of script.h) -> uint64_t */
 #define VMEXIT_TRANSLATE 17 /* vcpu, argument 0: virtual address -> physical, 1: the other way -> uint64_t */
+#define VMEXIT_SET_RECIPE 18 /* struct vmexit_recipe and its bases: how to find the current thread; nothing at all: not known any more */
 #define VMEXIT_HALT 32 /* argument 1: halt the machine; 0: let it run. VMEXIT_MACHINE follows when it does */
 /* Notices of the agent, with serial 0. */
 #define VMEXIT_VCPU 64 /* vcpu has come up; its eventfd is attached */
@@ -230,6 +242,8 @@ struct vmexit_shared {
 #define VMEXIT_UNAVAILABLE 5 /* this VMM does not let the agent do it */
 #define VMEXIT_WRONG_VERSION 6
 #define VMEXIT_STALE 7 /* scripts have changed events since (vmexit_shared.changes): look, and ask again */
+#define VMEXIT_NO_MSR 8 /* the vCPU has no such MSR, or none that can be read or written from outside */
+#define VMEXIT_NO_VALUE 9 /* the MSR does not take this value: WRMSR would fault */
 
 struct vmexit_message {
     uint32_t magic;
@@ -249,6 +263,7 @@ struct vmexit_script_file {
     uint32_t entry; /* offset in the code */
     uint32_t code_size; /* in bytes */
     uint32_t constants_size;
+    uint32_t buffer_size; /* of $buffer, whose file, sealed against shrinking, is attached too; 0: there is none */
 };
 
 /* The way from a vCPU's registers to the thread that it executes: which words of the guest's memory to read, each at an address that an

@@ -9,32 +9,45 @@ from pathlib import Path
 from vmexit.commands import event_code
 from vmexit.commands.command import Arguments, one_of
 from vmexit.commands.session import Session
-from vmexit.console.tokens import Token, TokenKind
+from vmexit.console.tokens import U64_MAX, Token, TokenKind
 from vmexit.debugger import State
 from vmexit.errors import CommandError
 from vmexit.events.event import Event, EventError
+from vmexit.events.filters import FilterError, ValueFilter
 from vmexit.link.wire import Action, Stage
 from vmexit.script.compile import CompiledScript, read_source
 
 _STAGES = {"pre": Stage.PRE, "post": Stage.POST, "all": Stage.ALL}
 _CHOICES = {"imm": ("yes", "no"), "sc": ("on", "off"), "stage": tuple(_STAGES)}
 _NUMBERS = {"core": "core number", "pid": "process ID", "buffer": "buffer size in bytes"}
+_VALUES = ("value", "mask")
 _BLOCKS = ("script", "condition", "code", "output")
 _MACHINE_CODE = ("condition", "code")
 _MOST_OUTPUTS = 5
 
 _FILE = "file:"
 
-OFFERED = ("asm", "buffer", "code", "condition", "core", "imm", "log", "pid", "sc", "script", "stage")
+OFFERED = tuple("asm buffer changed code condition core imm log mask pid sc script stage value".split())
 """Those that can be used yet."""
-ALL = (*_CHOICES, *_NUMBERS, *_BLOCKS, "asm", "log")
-TAKE_A_VALUE = (*_CHOICES, *_NUMBERS)
+ALL = (*_CHOICES, *_NUMBERS, *_VALUES, *_BLOCKS, "asm", "changed", "log")
+TAKE_A_VALUE = (*_CHOICES, *_NUMBERS, *_VALUES)
 
 USAGE = (
-    "[core CORE] [imm yes|no] [sc on|off] [stage pre|post|all] [pid PID|all] [log] [script { SCRIPT }] "
+    "[value VALUE] [mask BITS] [changed] [core CORE] [imm yes|no] [sc on|off] [stage pre|post|all] [pid PID|all] [log] "
+    "[script { SCRIPT }] "
     "[[asm] condition { CODE }] [[asm] code { CODE }] [buffer N]"
 )
 PARAMETERS = (
+    (
+        "value VALUE",
+        "Only accesses with this value; compared on the vCPU, before anything else is done. A read has its value in stage post.",
+    ),
+    ("mask BITS", "The bits that 'value' or 'changed' looks at; else all of them: 'mask 1 value 0' means bit 0 clear."),
+    (
+        "changed",
+        "Only writes that change something: the value differs from what the MSR holds. Of an MSR whose value the machine does "
+        "not tell it is the value that was last written to it on this core, and the first write counts as a change.",
+    ),
     ("core CORE", "Only this vCPU, counted from 0; else all of them."),
     (
         "imm yes|no",
@@ -71,10 +84,10 @@ PARAMETERS = (
     (
         "code { CODE }",
         "Machine code that is run at each trap: it gets the buffer (RCX), the guest's registers (RDX) and the MSR (R8). The page "
-        "on custom code tells what both can do. Code does not go together with a script yet.",
+        "on custom code tells what both can do. Together with a script it runs in the order given.",
     ),
     ("asm", "Before 'condition' or 'code': what is in the braces is assembly in Intel's syntax."),
-    ("buffer N", "So many zeroed bytes that the event's code keeps from trap to trap."),
+    ("buffer N", "So many zeroed bytes that the event's code and script ($buffer) keep from trap to trap."),
     ("output { }", "HyperDbg's; its value is checked, but it is not yet available."),
 )
 
@@ -87,6 +100,9 @@ class EventOptions:
     process: int | None = None
     all_processes: bool = False
     """'pid all': also where a process is attached."""
+    value: int | None = None
+    mask: int | None = None
+    changed: bool = False
     immediate: bool = True
     short_circuit: bool = False
     stage: Stage = Stage.PRE
@@ -137,8 +153,11 @@ class _Parser:
                 raise self._arguments.error("these braces belong to no option", token, hint=hint)
             if word in _BLOCKS:
                 self._block(token)
-            elif word in _CHOICES or word in _NUMBERS:
+            elif word in TAKE_A_VALUE:
                 self._value(token)
+            elif word == "changed":
+                self._found.places["changed"] = (token, token)
+                self._found.changed = True
             elif word == "asm":
                 self._asm(token)
             elif word == "log":
@@ -164,6 +183,10 @@ class _Parser:
                 self._found.stage = _STAGES[self._choice(option, value)]
             case "pid" if value.lower == "all":
                 self._found.process, self._found.all_processes = None, True
+            case "value":
+                self._found.value = self._arguments.number(value, "value of an MSR", U64_MAX)
+            case "mask":
+                self._found.mask = self._arguments.number(value, "mask of an MSR's bits", U64_MAX)
             case _:
                 number = self._arguments.number(value, _NUMBERS[option])
                 if option == "core":
@@ -230,6 +253,15 @@ def fit(session: Session, options: EventOptions) -> tuple[int, ...]:
     return looks.noise
 
 
+def value_filter(arguments: Arguments, options: EventOptions) -> ValueFilter | None:
+    """What ``value``, ``mask`` and ``changed`` say. Raises CommandError, at the one that is to blame."""
+    try:
+        return ValueFilter.of(options.value, options.mask, options.changed)
+    except FilterError as error:
+        first, last = options.places[error.option]
+        raise arguments.error(str(error), first, until=last) from None
+
+
 def compiled_script(session: Session, arguments: Arguments, options: EventOptions) -> CompiledScript | None:
     """The event's script, if it has one. Raises ScriptError for a wrong one, CommandError for a file that cannot be read."""
     block = options.script
@@ -250,10 +282,6 @@ def make(session: Session, arguments: Arguments, options: EventOptions, event: E
     try:
         event.check()
         if options.machine_code or options.buffer is not None:
-            looks = session.debugger.target.only_looks
-            if looks is not None:
-                option = next(iter(options.machine_code), "buffer")
-                raise EventError(option, f"'{option}' is not possible here: {looks.reason}")
             event_code.attach(session, arguments, options, event)
         if event.process is not None and not session.debugger.knows_processes and session.debugger.state is State.HALTED:
             session.guest.known  # noqa: B018 - the processes are known with the guest
@@ -272,6 +300,8 @@ def complete(session: Session, before: Sequence[str]) -> Iterable[str]:
         return [f"{core:x}" for core in range(session.debugger.target.vcpus)]
     if last == "pid":
         return ["all"]
+    if last in (*_NUMBERS, *_VALUES):
+        return ()
     return [option for option in OFFERED if option not in before]
 
 
@@ -290,6 +320,10 @@ def description(options: EventOptions) -> str:
     parts = [f"stage {stage}", "all cores" if options.core is None else f"core {options.core:x}"]
     if options.process is not None:
         parts.append(f"process {options.process:x} (0n{options.process})")
+    if options.changed:
+        parts.append("what changes" if options.mask is None else f"what changes in {options.mask:x}")
+    if options.value is not None:
+        parts.append(f"value {options.value:x}" if options.mask is None else f"value {options.value:x} in {options.mask:x}")
     if options.short_circuit:
         parts.append("short-circuited")
     return ", ".join(parts)

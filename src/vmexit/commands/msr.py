@@ -23,10 +23,10 @@ _VERBS = {
 def _coded_verb(options: event_options.EventOptions) -> str:
     """Of an event with machine code of the user's."""
     does = ["prints"] if options.log else []
-    if options.script is not None:
-        does.append("runs a script at")
-    elif "code" in options.machine_code:
-        does.append("runs code at")
+    blocks = {"a script": options.script, "code": options.machine_code.get("code", (None,))[0]}
+    runs = sorted((block.start, name) for name, block in blocks.items() if block is not None)
+    if runs:
+        does.append(f"runs {' and '.join(name for _, name in runs)} at")
     elif not options.log:
         does.append("breaks at")
     verb = " and ".join(does)
@@ -57,6 +57,7 @@ class _MsrCommand(Command):
             with_process=bool(options.action & (Action.RECORD | Action.BREAK)),
             action=options.action,
             script=script,
+            filter=event_options.value_filter(arguments, options),
             short_circuit=options.short_circuit,
             immediate=options.immediate,
             text=arguments.line.strip(),
@@ -134,6 +135,8 @@ skips it. In stage post the write has been done.""",
             ("!msrwrite lstar,sysenter_eip", "halts it before writes to either of these"),
             ("!msrwrite log imm no", "prints the writes to all MSRs"),
             ("!msrwrite c0000082 script { print($value); }", "prints what is written to IA32_LSTAR"),
+            ("!msrwrite efer changed", "halts it before writes that change IA32_EFER"),
+            ("!msrwrite efer mask 1 value 0 log", "prints the writes to IA32_EFER that have SCE (bit 0) clear"),
             ("!msrwrite 277 condition { 488b01 }", "halts it where the guest's RAX is not 0"),
             ("!msrwrite 277 asm code { nop; nop }", "runs machine code at each write to IA32_PAT"),
             ("!msrwrite 1a0 core 1 sc on log", "ignores what core 1 writes to IA32_MISC_ENABLE; prints it"),

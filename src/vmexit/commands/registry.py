@@ -25,6 +25,7 @@ def _commands() -> tuple[Command, ...]:
     from vmexit.commands.leaving import Clear, Detach, Exit
     from vmexit.commands.memory import ShowMemory
     from vmexit.commands.msr import MsrRead, MsrWrite
+    from vmexit.commands.msr_access import ReadMsr, WriteMsr
     from vmexit.commands.msr_explain import ExplainMsr
     from vmexit.commands.registers import Register
     from vmexit.commands.running import Go, Pause, Sleep
@@ -40,6 +41,8 @@ def _commands() -> tuple[Command, ...]:
         MsrWrite(),
         MsrRead(),
         ExplainMsr(),
+        ReadMsr(),
+        WriteMsr(),
         Events(),
         Go(),
         Pause(),

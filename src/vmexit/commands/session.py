@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from vmexit.commands.command import Arguments
 from vmexit.debugger import Debugger, State
 from vmexit.errors import TargetError
 from vmexit.guest.disassembly import Syntax
 from vmexit.guest_view import GuestView
+
+if TYPE_CHECKING:
+    from vmexit.sdk.requests import Requests
+    from vmexit.sdk.server import Server
 
 
 class Driver(Protocol):
@@ -37,8 +41,6 @@ class Settings:
     """What ``settings`` shows and changes, except for what the debugger itself keeps."""
 
     syntax: Syntax = Syntax.INTEL
-    code_failures: int = 16
-    """So many runs of an event's machine code that fail in a row disable it; 0: none do."""
 
 
 @dataclass
@@ -59,6 +61,10 @@ class Session:
     next_code: dict[bool, tuple[object, int]] = field(default_factory=dict)
     """Where ``u`` goes on, and what the machine was stopped at when it was there."""
 
+    sdk: Server | None = None
+    """Where programs send HyperDbg's structures to."""
+    sdk_requests: Requests | None = None
+    """What becomes of them."""
     told_untrappable: bool = False
     """The user knows which MSRs never trap here."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from vmexit.commands.command import Arguments, Command, Info
 from vmexit.commands.session import Session
-from vmexit.console.tokens import U64_MAX
+from vmexit.console.tokens import U64_MAX, TokenKind
 from vmexit.debugger import Overflow
 from vmexit.guest.disassembly import Syntax
 
@@ -19,6 +19,8 @@ class _Setting:
     """Those to choose from; empty: it takes a number."""
     get: Callable[[Session], str]
     put: Callable[[Session, str], None]
+    takes: str = "NUMBER"
+    """What stands for a value that is not chosen; other than a number it is taken as it is."""
 
 
 def _put_overflow(session: Session, value: str) -> None:
@@ -38,7 +40,13 @@ def _put_stack(session: Session, value: str) -> None:
 
 
 def _put_failures(session: Session, value: str) -> None:
-    session.settings.code_failures = int(value)
+    session.debugger.code_failures = int(value)
+
+
+def _put_sdk_socket(session: Session, value: str) -> None:
+    from vmexit.sdk.serving import serve_at
+
+    serve_at(session, None if value.lower() == "off" else value)
 
 
 def _put_recognition(session: Session, value: str) -> None:
@@ -49,7 +57,7 @@ _SETTINGS: Mapping[str, _Setting] = {
     "code-failures": _Setting(
         "how many runs of an event's machine code that are ended in a row disable the event; 0: none do",
         (),
-        lambda session: f"{session.settings.code_failures:x}",
+        lambda session: f"{session.debugger.code_failures:x}",
         _put_failures,
     ),
     "overflow": _Setting(
@@ -76,6 +84,13 @@ _SETTINGS: Mapping[str, _Setting] = {
         lambda session: f"{session.debugger.script_steps:x}",
         _put_steps,
     ),
+    "sdk-socket": _Setting(
+        "where programs register events in HyperDbg's binary form: the path of a socket, or off",
+        (),
+        lambda session: "off" if session.sdk is None else str(session.sdk.path),
+        _put_sdk_socket,
+        "PATH|off",
+    ),
     "syntax": _Setting(
         "how instructions are written",
         tuple(value.value for value in Syntax),
@@ -86,7 +101,7 @@ _SETTINGS: Mapping[str, _Setting] = {
 
 
 def _choice(setting: _Setting) -> str:
-    return "|".join(setting.values) or "NUMBER"
+    return "|".join(setting.values) or setting.takes
 
 
 class ChangeSettings(Command):
@@ -117,11 +132,17 @@ class ChangeSettings(Command):
     def complete(self, session: Session, before: Sequence[str]) -> Iterable[str]:
         if not before:
             return _SETTINGS
+        if before[0] == "sdk-socket":
+            return ("off",) if len(before) == 1 else ()
         return _SETTINGS[before[0]].values if len(before) == 1 and before[0] in _SETTINGS else ()
 
 
 def _value(arguments: Arguments, name: str, setting: _Setting) -> str:
     token = arguments.tokens[1]
+    if setting.takes != "NUMBER":
+        if token.kind is TokenKind.BLOCK or not token.text:
+            raise arguments.error(f"'{name}' takes {setting.takes.replace('|', ' or ')}", token)
+        return token.text
     if setting.values:
         return arguments.choice(token, setting.values, f"value of '{name}'")
     return str(arguments.number(token, f"value of '{name}'", U64_MAX))

@@ -7,7 +7,6 @@ from itertools import islice
 from vmexit.commands.command import Arguments, Command, Info
 from vmexit.commands.layout import address_text
 from vmexit.commands.session import Session
-from vmexit.guest.symbols import KERNEL
 
 _MOST = 1000
 
@@ -27,9 +26,9 @@ are known, and its name.""",
 
     def run(self, session: Session, arguments: Arguments) -> None:
         arguments.at_most(0)
-        linux = session.guest.linux
-        rows = [(*linux.extent, len(linux.profile.symbols), KERNEL)]
-        rows += [(m.base, m.base + m.size, len(linux.module_symbols(m)), m.name) for m in linux.modules]
+        system = session.guest.system
+        rows = [(*system.extent, system.symbol_count, system.kernel_name)]
+        rows += [(m.base, m.base + m.size, len(system.module_symbols(m)), m.name) for m in system.modules]
         lines = [f"{'begin':<19}{'end':<19}{'symbols':>8}  module"]
         lines += [f"{address_text(start)}  {address_text(end)}  {count:>8}  {name}" for start, end, count, name in rows]
         session.emit("\n".join(lines))
@@ -61,7 +60,7 @@ to.""",
         if not arguments.tokens:
             raise arguments.missing("a pattern is missing", "x *msr*")
         token = arguments.tokens[0]
-        found = list(islice(session.guest.linux.search(token.text), _MOST + 1))
+        found = list(islice(session.guest.system.search(token.text), _MOST + 1))
         if not found:
             raise arguments.error(f"no symbol matches '{token.text}'", token)
         lines = [f"{address_text(symbol.address)}  {symbol.kind}  {module}!{symbol.name}" for symbol, module in found[:_MOST]]

@@ -25,7 +25,7 @@ class ShowType(Command):
         usage=("dt TYPE[.MEMBER] [ADDRESS]",),
         summary="show a type of the guest's kernel, or memory by it",
         text="""Shows the members of a type with their offsets, or with an address their values, too. The types are the kernel's
-own (BTF). Addresses are the kernel's, whatever the current core's page tables are.""",
+own (BTF), of Windows those of its PDB. Addresses are the kernel's, whatever the current core's page tables are.""",
         parameters=(
             ("TYPE", "A struct, union, enum or typedef: task_struct, struct list_head."),
             ("MEMBER", "One member only, whole; with dots between for a member's member."),
@@ -44,8 +44,8 @@ own (BTF). Addresses are the kernel's, whatever the current core's page tables a
             tokens = tokens[1:]
         if not tokens:
             raise arguments.missing("a type is missing", "dt task_struct")
-        linux = session.guest.linux
-        btf = linux.profile.btf
+        system = session.guest.system
+        btf = system.types
         name, _, path = tokens[0].text.partition(".")
         found = btf.find(name)
         if found is None:
@@ -63,7 +63,7 @@ own (BTF). Addresses are the kernel's, whatever the current core's page tables a
             if size > _MOST:
                 raise arguments.error(f"'{name}' has {size:#x} bytes, too many to be shown", tokens[0])
             try:
-                data = linux.memory.read(address, size)
+                data = system.memory.read(address, size)
             except VmexitError:
                 message = f"{size:#x} bytes cannot be read at {address_text(address)}"
                 raise arguments.error(message, tokens[1], until=tokens[-1]) from None

@@ -21,7 +21,7 @@ from vmexit.console.screen import Screen
 from vmexit.console.tokens import commands_of
 from vmexit.debugger import Debugger, State, StopReason
 from vmexit.errors import CommandError, VmexitError
-from vmexit.guest.linux.recognise import Help
+from vmexit.guest.system import Help
 from vmexit.targets.attach import Attached
 from vmexit.targets.base import Target
 from vmexit.targets.kvm import Vmm

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vmexit.errors import VmexitError
+from vmexit.events.filters import FilterError, ValueFilter
 from vmexit.events.msrs import MsrSet
 from vmexit.link.wire import Access, Action, Stage
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from vmexit.recording import Recording
     from vmexit.script.compile import CompiledScript
     from vmexit.trap import LiveTrap
+    from vmexit.usercode.buffer import Buffer
 
 Callback = Callable[["LiveTrap"], None]
 
@@ -44,6 +46,14 @@ class Event:
     """What Action.ASK calls."""
     script: CompiledScript | None = field(default=None, repr=False)
     """What Action.SCRIPT runs, in the vCPU's thread."""
+    filter: ValueFilter | None = None
+    """Which values it is triggered by; None: any."""
+    condition: CompiledScript | None = field(default=None, repr=False)
+    """What decides, there too, whether the event does anything: whether it leaves RAX other than 0."""
+    buffer: Buffer | None = field(default=None, repr=False)
+    """The script's ``$buffer``, which code shares."""
+    asks_first: bool = False
+    """Action.ASK comes before the script; that and the short-circuit are for the callback to say (LiveTrap)."""
     short_circuit: bool = False
     immediate: bool = True
     """Records are wanted at once; else they may be gathered, which costs a trap less."""
@@ -65,6 +75,11 @@ class Event:
         """Raises EventError for options that contradict each other."""
         if self.short_circuit and self.stage & Stage.POST:
             raise EventError("sc", "'sc on' needs 'stage pre': what has been executed cannot be short-circuited any more")
+        if self.filter is not None:
+            try:
+                self.filter.check(self.access, self.stage)
+            except FilterError as error:
+                raise EventError(error.option, str(error)) from None
         if bool(self.action & Action.ASK) != (self.callback is not None):
             raise EventError("script", "a callback and the action that calls it go together")
         if bool(self.action & Action.SCRIPT) != (self.script is not None):

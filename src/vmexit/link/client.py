@@ -30,6 +30,8 @@ _MEANING = {
     Status.UNAVAILABLE: "this machine does not let the agent do that",
     Status.WRONG_VERSION: "the agent in this machine is of another version of vmexit",
     Status.STALE: "scripts have changed events in the meantime",
+    Status.NO_MSR: "there is no such MSR",
+    Status.NO_VALUE: "the MSR does not take this value",
 }
 
 
@@ -96,7 +98,7 @@ class Link:
         """The socket, to be waited for: readable means a notice, or that the VMM is gone."""
         return self._socket.fileno()
 
-    def _send(self, kind: MessageType, vcpu: int, argument: int, address: int, payload: bytes, file: int | None) -> None:
+    def _send(self, kind: MessageType, vcpu: int, argument: int, address: int, payload: bytes, files: Sequence[int]) -> None:
         if self.closed:
             raise LinkError("the link is closed")
         self._serial += 1
@@ -111,7 +113,7 @@ class Link:
             length=len(payload),
         )
         try:
-            socket.send_fds(self._socket, [header + payload], [] if file is None else [file])
+            socket.send_fds(self._socket, [header + payload], files)
         except OSError as error:
             raise LinkError(f"the link to the agent is broken: {error.strerror}") from None
 
@@ -159,10 +161,10 @@ class Link:
         address: int = 0,
         payload: bytes = b"",
         fds: list[int] | None = None,
-        file: int | None = None,
+        files: Sequence[int] = (),
     ) -> bytes:
         try:
-            self._send(kind, vcpu, argument, address, payload, file)
+            self._send(kind, vcpu, argument, address, payload, files)
         except LinkError:
             # An agent that is busy says so and hangs up, without waiting to be asked.
             if self.closed or not select.select([self._socket], [], [], 0)[0]:
@@ -207,13 +209,25 @@ class Link:
         """
         self._exchange(MessageType.EVENTS, argument=len(events), address=changes, payload=b"".join(events))
 
-    def add_script(self, number: int, file: int, entry: int, code_size: int, constants_size: int) -> None:
+    def add_script(
+        self, number: int, file: int, entry: int, code_size: int, constants_size: int, buffer: tuple[int, int] | None = None
+    ) -> None:
         """Hands over a compiled script: ``file`` holds its code and, from the next page on, its constants; it stays the caller's.
 
-        The agent forgets it unless the next set_events names ``number``, which is never 0 and never given twice.
+        The agent forgets it unless the next set_events names ``number``, which is never 0 and never given twice. ``buffer``:
+        the file of its $buffer and how many bytes that has; the file, too, stays the caller's.
         """
-        described = wire.pack("script_file", script=number, entry=entry, code_size=code_size, constants_size=constants_size)
-        self._exchange(MessageType.ADD_SCRIPT, payload=described, file=file)
+        buffer_file, buffer_size = buffer or (None, 0)
+        described = wire.pack(
+            "script_file",
+            script=number,
+            entry=entry,
+            code_size=code_size,
+            constants_size=constants_size,
+            buffer_size=buffer_size,
+        )
+        files = [file] if buffer_file is None else [file, buffer_file]
+        self._exchange(MessageType.ADD_SCRIPT, payload=described, files=files)
 
     def set_script_limits(self, steps: int, stack: int) -> None:
         """What a run of a script may take: steps, and bytes of the native stack (wire's MIN_STACK to MAX_STACK)."""
@@ -250,6 +264,15 @@ class Link:
     def set_register(self, vcpu: int, number: int, value: int) -> None:
         """Changes one register of a vCPU of a halted machine; by its number as ``register`` takes it."""
         self._exchange(MessageType.SET_REGISTER, vcpu, number, value)
+
+    def read_msr(self, vcpu: int, msr: int) -> int:
+        """What an MSR of a vCPU of a halted machine, or of one that has asked, holds. RequestError (NO_MSR) where it has none."""
+        (value,) = struct.unpack("<Q", self._exchange(MessageType.READ_MSR, vcpu, msr))
+        return int(value)
+
+    def write_msr(self, vcpu: int, msr: int, value: int) -> None:
+        """Changes an MSR of a vCPU of a halted machine. RequestError (NO_MSR, NO_VALUE) where WRMSR would fault."""
+        self._exchange(MessageType.WRITE_MSR, vcpu, msr, value)
 
     def read_memory(self, vcpu: int, address: int, length: int, *, physical: bool = False) -> bytes:
         """Guest memory, by the page tables of that vCPU. Raises RequestError (UNREADABLE) if any of it is not mapped."""

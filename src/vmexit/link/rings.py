@@ -244,18 +244,29 @@ class Rings:
         start = self._rings[vcpu] + self._registers
         return self._words[start : start + wire.ASKED_REGISTERS].tolist()
 
-    def answer(self, vcpu: int, sequence: int, registers: Sequence[int], changed: int, skip: bool, halt: bool = False) -> None:
+    def answer(
+        self,
+        vcpu: int,
+        sequence: int,
+        registers: Sequence[int],
+        changed: int,
+        skip: bool,
+        halt: bool = False,
+        script: bool = False,
+        again: bool = False,
+    ) -> None:
         """Answers the question with this sequence number and lets the vCPU go on.
 
         ``changed``: bit n set = the guest gets ``registers[n]``. ``skip``: the instruction's short-circuit state. ``halt``: the
-        machine halts here; a record with Action.BREAK follows.
+        machine halts here; a record with Action.BREAK follows. Of an event with EventFlag.ASK_FIRST, ``script``: its script runs
+        now; ``again``: then a question follows, with RecordFlag.AGAIN.
         """
         words, base = self._words, self._rings[vcpu]
         if changed:
             start = base + self._registers
             for number, value in enumerate(registers):
                 words[start + number] = value
-        words[base + self._verdict] = changed | int(skip) << 32 | int(halt) << 40
+        words[base + self._verdict] = changed | int(skip) << 32 | int(halt) << 40 | int(script) << 48 | int(again) << 56
         words[base + self._answered] = sequence + 1
         # The vCPU says that it sleeps, then looks for the answer once more. Should each miss the other's word all the same
         # (Python has no fence), it looks again a tenth of a second later.

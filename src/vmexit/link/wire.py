@@ -52,6 +52,7 @@ class EventFlag(enum.IntFlag):
     SHORT_CIRCUIT = constant("SHORT_CIRCUIT")
     IMMEDIATE = constant("IMMEDIATE")
     WITH_PROCESS = constant("WITH_PROCESS")
+    ASK_FIRST = constant("ASK_FIRST")
 
 
 class RecordFlag(enum.IntFlag):
@@ -60,13 +61,14 @@ class RecordFlag(enum.IntFlag):
     ``SKIPPED``: the event that left the record short-circuits the instruction. ``INTERRUPTED``: the machine took an interrupt
     between the instruction and its post stage, so RIP, RSP and RFLAGS are those of the interrupt's handler. ``FAULTED``: the
     access was refused (#GP), which only a tracepoint tells of. ``PROCESS_KNOWN``: its process and thread are those that the guest
-    executed.
+    executed. ``AGAIN``, of a question: the event has left a record of this trap, or asked, before.
     """
 
     SKIPPED = constant("SKIPPED")
     INTERRUPTED = constant("INTERRUPTED")
     FAULTED = constant("FAULTED")
     PROCESS_KNOWN = constant("PROCESS_KNOWN")
+    AGAIN = constant("AGAIN")
 
 
 class Capability(enum.IntFlag):
@@ -101,6 +103,8 @@ class MessageType(enum.IntEnum):
     TRANSLATE = constant("TRANSLATE")
     ADD_SCRIPT = constant("ADD_SCRIPT")
     SCRIPT_LIMITS = constant("SCRIPT_LIMITS")
+    READ_MSR = constant("READ_MSR")
+    WRITE_MSR = constant("WRITE_MSR")
     SET_RECIPE = constant("SET_RECIPE")
     HALT = constant("HALT")
     VCPU = constant("VCPU")
@@ -118,6 +122,8 @@ class Status(enum.IntEnum):
     UNAVAILABLE = constant("UNAVAILABLE")
     WRONG_VERSION = constant("WRONG_VERSION")
     STALE = constant("STALE")
+    NO_MSR = constant("NO_MSR")
+    NO_VALUE = constant("NO_VALUE")
 
 
 class EventState(enum.IntEnum):
@@ -134,6 +140,7 @@ MAX_EVENTS = constant("MAX_EVENTS")
 MAX_RANGES = constant("MAX_RANGES")
 MAX_TRANSFER = constant("MAX_TRANSFER")
 MAX_GLOBALS = constant("MAX_GLOBALS")
+MAX_BUFFER = constant("MAX_BUFFER")
 ALL_CORES = constant("ALL_CORES")
 ALL_PROCESSES = constant("ALL_PROCESSES")
 WAITS_FOR_ROOM = constant("WAITS_FOR_ROOM")

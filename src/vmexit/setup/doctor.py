@@ -71,6 +71,7 @@ def checks(qemu: str | Path | None = None) -> list[Check]:
         check_program("C compiler", "gcc", "builds the agent and the tests' guests", "gcc libc6-dev"),
         check_program("gdb", "gdb", "for the benchmark only", "gdb"),
         check_kvm(Path("/dev/kvm")),
+        check_tracefs(),
     ]
 
 
@@ -173,6 +174,22 @@ def check_kvm(device: Path) -> Check:
     else:
         state = "there, but not yours to open"
     return Check(str(device), None, f"{state}; for guests that KVM runs (--accel kvm, --vmm, attach)")
+
+
+def check_tracefs() -> Check:
+    """The kernel's own tracepoints, for looking without touching."""
+    # It loads numpy, which nothing else here needs.
+    from vmexit.targets.trace_instance import missing_tracepoints
+
+    uses = {("msr", "write_msr"): "host", ("kvm", "kvm_msr"): "watch"}
+    try:
+        missing = missing_tracepoints(list(uses))
+    except (VmexitError, OSError) as error:
+        return Check("tracefs", None, f"for 'vmexit host' and 'vmexit watch', but {error}")
+    can = [f"'vmexit {use}'" for point, use in uses.items() if point not in missing]
+    lacks = [f"no tracepoint {system}:{name} for 'vmexit {uses[system, name]}'" for system, name in missing]
+    remedy = "modprobe kvm (kvm-intel, kvm-amd)" if ("kvm", "kvm_msr") in missing else None
+    return Check("tracefs", None, "; ".join((f"can be used, for {' and '.join(can)}" if can else "can be used", *lacks)), remedy)
 
 
 def _qemu_version(path: str) -> Check:

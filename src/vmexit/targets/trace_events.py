@@ -88,6 +88,8 @@ class _Wanted:
     ranges: tuple[tuple[int, int], ...]
     core: int | None
     process: int
+    value: int
+    mask: int
 
     @classmethod
     def unpack(cls, data: bytes) -> _Wanted | None:
@@ -97,7 +99,7 @@ class _Wanted:
             return None
         ranges = tuple((event.ranges[i].first, event.ranges[i].last) for i in range(event.range_count))
         core = None if event.core == wire.ALL_CORES else event.core
-        return cls(event.id, event.slot, event.access, ranges, core, event.process)
+        return cls(event.id, event.slot, event.access, ranges, core, event.process, event.value, event.mask)
 
     def matches(self, accesses: _Accesses, threads: Sequence[int]) -> npt.NDArray[np.bool_]:
         """Which of these it is triggered by. ``threads``: those of its process."""
@@ -110,6 +112,8 @@ class _Wanted:
             mask &= inside
         if self.core is not None:
             mask &= accesses["core"] == self.core
+        if self.mask:
+            mask &= (accesses["value"] ^ np.uint64(self.value)) & np.uint64(self.mask) == 0
         if self.process != wire.ALL_PROCESSES:
             mask &= np.isin(accesses["thread"], np.array(threads, np.uint32))
         return mask
@@ -381,5 +385,7 @@ class TraceLink:
     def decide(self, vcpu: int, skip: bool) -> None:
         self._refuse("skipping")
 
-    def add_script(self, number: int, file: int, entry: int, code_size: int, constants_size: int) -> None:
+    def add_script(
+        self, number: int, file: int, entry: int, code_size: int, constants_size: int, buffer: tuple[int, int] | None = None
+    ) -> None:
         self._refuse("a script")

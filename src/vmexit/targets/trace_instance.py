@@ -68,6 +68,23 @@ def _find_tracefs() -> tuple[Path, int | None]:
     return folder_of(mount), mount
 
 
+def missing_tracepoints(tracepoints: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Those of these (system, name) that this kernel does not have; nothing is changed.
+
+    Raises TargetError, with what would help, where tracefs cannot be used at all.
+    """
+    root, mount = _find_tracefs()
+    try:
+        return [point for point in tracepoints if not _has_tracepoint(root, *point)]
+    finally:
+        if mount is not None:
+            os.close(mount)
+
+
+def _has_tracepoint(root: Path, system: str, name: str) -> bool:
+    return (root / "events" / system / name / "enable").exists()
+
+
 def _why_no_tracefs(error: OSError) -> str:
     if error.errno in (errno.EPERM, errno.EACCES):
         if os.geteuid() != 0:
@@ -129,7 +146,7 @@ class Instance:
         self._release = release
         try:
             for system, name in tracepoints:
-                if not (root / "events" / system / name / "enable").exists():
+                if not _has_tracepoint(root, system, name):
                     raise TargetError(_why_no_tracepoint(system, name))
             folder.mkdir(mode=0o700)
             release.detach()

@@ -8,9 +8,7 @@ registers alone.
 
 from __future__ import annotations
 
-import ctypes
 import enum
-import mmap
 import struct
 import time
 from collections.abc import Callable, Sequence
@@ -22,16 +20,17 @@ import unicorn
 from unicorn import x86_const as x86
 
 from vmexit.errors import VmexitError
+from vmexit.usercode.buffer import ADDRESS as BUFFER
+from vmexit.usercode.buffer import Buffer, Memory
 from vmexit.usercode.errors import CodeRunError
 from vmexit.usercode.instructions import refused, shown
 
 PAGE = 0x1000
-MAX_BUFFER = 0x100_0000
-"""The largest buffer there can be, in bytes."""
 
 _TAG = 0x5D << 56
-CODE, REGISTERS, STACK, BUFFER, _STUB, _FRAME = (_TAG | part << 48 for part in range(1, 7))
+CODE, REGISTERS, STACK, _STUB, _FRAME = (_TAG | part << 48 for part in range(1, 6))
 """Where the code sees what is its own; and where what calls it lies, with the context and what came back."""
+_OWN_TAGS = (_TAG >> 56, BUFFER >> 56)
 
 _STACK_BYTES = 0x10000
 # As a caller leaves it: the return address on top, the 32 bytes of Microsoft's convention above, aligned as behind a call.
@@ -41,14 +40,16 @@ _U64 = struct.Struct("<Q")
 _SEGMENT_PREFIXES = (0x64, 0x65)
 _READ, _WRITE, _EXECUTE = unicorn.UC_PROT_READ, unicorn.UC_PROT_WRITE, unicorn.UC_PROT_EXEC
 _MASK64 = 0xFFFF_FFFF_FFFF_FFFF
-# What calls the code: takes the context from the frame, and leaves RAX there. Setting and asking a register from outside takes
-# longer than all of this. Unicorn looks at the byte before the place to stop at, too, which must not begin a page.
+# What calls the code: takes the context from the frame, and leaves RAX there and that it is done. To set and ask registers from
+# outside takes longer than all of this. It ends with HLT: what lies where Unicorn is told to stop is translated at each run.
 _LOAD = b"\x48\xa1" + struct.pack("<Q", _FRAME)  # mov rax, [frame]
 _JUMP = b"\x31\xc0\xff\x25\0\0\0\0" + struct.pack("<Q", CODE)  # xor eax, eax; jmp code
-_LEAVE = b"\x48\xa3" + struct.pack("<Q", _FRAME + 8)  # mov [frame + 8], rax
+# mov [frame + 8], rax; mov al, 1; mov [frame + 16], al; hlt
+_LEAVE = b"\x48\xa3" + struct.pack("<Q", _FRAME + 8) + b"\xb0\x01\xa2" + struct.pack("<Q", _FRAME + 16) + b"\xf4"
 _LEAVE_AT = 0x80
-_EXIT = _STUB + _LEAVE_AT + len(_LEAVE)
-_STUB_INSTRUCTIONS = 5
+_FRAME_WORDS = struct.Struct("<3Q")
+_STUB_INSTRUCTIONS = 8
+_NOWHERE = 0  # where Unicorn is to stop: no address of anything that can be executed
 _SEGMENT_REGISTERS = (x86.UC_X86_REG_FS_BASE, x86.UC_X86_REG_GS_BASE)
 _TCG_BYTES = 4 << 20
 _UNKNOWN = unicorn.UC_ERR_INSN_INVALID
@@ -84,34 +85,6 @@ class Guest(Protocol):
         ...
 
 
-def check_buffer(size: int) -> None:
-    """Raises VmexitError for a buffer that is empty or absurdly large; ``size``: in bytes."""
-    if not 0 < size <= MAX_BUFFER:
-        raise VmexitError(f"a buffer has 1 to {MAX_BUFFER:x} bytes, not {size:x}")
-
-
-class Buffer:
-    """The zeroed bytes of an event that its code keeps from one run to the next."""
-
-    def __init__(self, size: int) -> None:
-        """``size``: in bytes, 1 to MAX_BUFFER; VmexitError for another."""
-        check_buffer(size)
-        self.size = size
-        self.memory = _Memory(size)
-
-    def __bytes__(self) -> bytes:
-        return self.memory.map[: self.size]
-
-
-class _Memory:
-    """Zeroed bytes that Python and the emulator share."""
-
-    def __init__(self, size: int) -> None:
-        self.size = -(-size // PAGE) * PAGE
-        self.map = mmap.mmap(-1, self.size)
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.map))
-
-
 @dataclass(frozen=True, slots=True)
 class Result:
     """What a run has left."""
@@ -131,11 +104,10 @@ class Sandbox:
         self.buffer = buffer
         self.limits = limits
         self._needs_segments = any(prefix in code for prefix in _SEGMENT_PREFIXES)
-        self._registers = _Memory(PAGE)
-        self._stack = _Memory(_STACK_BYTES)
-        self._frame = _Memory(PAGE)
-        self._pages = _Memory(limits.pages * PAGE)
-        self._known: set[int] = set()
+        self._registers = Memory(PAGE)
+        self._stack = Memory(_STACK_BYTES)
+        self._frame = Memory(PAGE)
+        self._pages = Memory(limits.pages * PAGE)
         self._guest: Guest | None = None
         self._fetched: dict[int, tuple[int, bytes]] = {}
         """Of the guest's pages that the run has touched: where they are, and how they were."""
@@ -143,7 +115,7 @@ class Sandbox:
         self._place: int | None = None
         self._deadline = 0.0
         self._emulator: Any = None
-        self._memories: tuple[_Memory, ...] = ()
+        self._memories: tuple[Memory, ...] = ()
         self._start: Any = None
 
     def run(self, registers: Sequence[int], context: int, guest: Guest) -> Result:
@@ -155,7 +127,7 @@ class Sandbox:
         self._deadline = time.monotonic() + self.limits.seconds
         _GENERAL.pack_into(self._registers.map, 0, *registers)
         _U64.pack_into(self._stack.map, _TOP, _STUB + _LEAVE_AT)
-        _U64.pack_into(self._frame.map, 0, context)
+        _FRAME_WORDS.pack_into(self._frame.map, 0, context, 0, 0)
         if self._fetched:
             self._fetched.clear()
             emulator.ctl(unicorn.UC_CTL_TLB_FLUSH, unicorn.UC_CTL_IO_WRITE)
@@ -164,8 +136,7 @@ class Sandbox:
             if self._needs_segments:
                 for register, base in zip(_SEGMENT_REGISTERS, guest.segment_bases(), strict=True):
                     emulator.reg_write(register, base)
-            self._emulate(emulator)
-            (rax,) = _U64.unpack_from(self._frame.map, 8)
+            rax = self._emulate(emulator)
             if self._fetched:
                 self._write_back(guest)
         except BaseException:
@@ -175,17 +146,24 @@ class Sandbox:
             self._guest = None
         return Result(rax, _GENERAL.unpack_from(self._registers.map))
 
-    def _emulate(self, emulator: Any) -> None:
+    def _emulate(self, emulator: Any) -> int:
+        """What is in RAX at the end."""
         failure = None
         try:
-            emulator.emu_start(_STUB, _EXIT, count=self.limits.instructions + _STUB_INSTRUCTIONS)
+            emulator.emu_start(_STUB, _NOWHERE, 0, self.limits.instructions + _STUB_INSTRUCTIONS)
         except unicorn.UcError as error:
             failure = error.errno
+        _, rax, done = _FRAME_WORDS.unpack_from(self._frame.map)
+        if done and self._why is None and failure is None:
+            return int(rax)
         at = emulator.reg_read(x86.UC_X86_REG_RIP) if self._place is None else CODE + self._place
         if self._why is None and failure is None:
-            if at == _EXIT:
-                return
-            self._why = f"it has not returned after {self.limits.instructions:,} instructions"
+            is_lost = at == _NOWHERE
+            self._why = (
+                "it jumps out of its own code"
+                if is_lost
+                else f"it has not returned after {self.limits.instructions:,} instructions"
+            )
         if self._why is None:
             self._why = "the emulator does not know this instruction" if failure == _UNKNOWN else "this instruction faults"
         is_inside = 0 <= at - CODE < len(self.code)
@@ -197,11 +175,10 @@ class Sandbox:
         emulator: Any = unicorn.Uc(unicorn.UC_ARCH_X86, unicorn.UC_MODE_64)
         emulator.ctl_set_tcg_buffer_size(_TCG_BYTES)
         emulator.ctl_set_tlb_mode(unicorn.UC_TLB_VIRTUAL)
-        self._known.clear()
         self._fetched.clear()
-        code = _Memory(len(self.code))
+        code = Memory(len(self.code))
         code.map[: len(self.code)] = self.code
-        stub = _Memory(PAGE)
+        stub = Memory(PAGE)
         call = _LOAD + (b"\x48\x89\xc2" if self.kind is Kind.CONDITION else b"\x49\x89\xc0") + _JUMP  # mov rdx or r8, rax
         stub.map[: len(call)] = call
         stub.map[_LEAVE_AT : _LEAVE_AT + len(_LEAVE)] = _LEAVE
@@ -223,7 +200,7 @@ class Sandbox:
             physical += memory.size
         emulator.mem_map_ptr(physical, self._pages.size, _READ | _WRITE, self._pages.address)
         emulator.hook_add(unicorn.UC_HOOK_TLB_FILL, self._filler(own, physical))
-        emulator.hook_add(unicorn.UC_HOOK_BLOCK, self._on_block, begin=CODE, end=CODE + code.size - 1)
+        emulator.hook_add(unicorn.UC_HOOK_EDGE_GENERATED, self._on_block, begin=CODE, end=CODE + code.size - 1)
         emulator.reg_write(x86.UC_X86_REG_RSP, STACK + _TOP)
         if self.kind is Kind.CONDITION:
             emulator.reg_write(x86.UC_X86_REG_RCX, REGISTERS)
@@ -259,7 +236,7 @@ class Sandbox:
                     return self._end("it writes to its own code")
                 entry.paddr, entry.perms = found
                 return True
-            if page >> 56 == _TAG >> 56:
+            if page >> 56 in _OWN_TAGS:
                 return self._end(f"it {_ACCESSES[access]} beside its stack, registers or buffer")
             slot = self._slot(page, access)
             if slot is None:
@@ -290,20 +267,13 @@ class Sandbox:
         self._pages.map[slot * PAGE : (slot + 1) * PAGE] = data
         return slot
 
-    def _on_block(self, emulator: Any, address: int, size: int, data: object) -> None:
-        """Before each piece of straight code."""
-        del data
-        if address not in self._known:
-            found = refused(self.code, (address & _MASK64) - CODE, size)
-            if found is not None:
-                place, why = found
-                self._end(why)
-                self._place = place
-                emulator.emu_stop()
-                return
-            self._known.add(address)
-        if time.monotonic() > self._deadline:
-            self._end(f"it takes longer than {self.limits.seconds:g} s")
+    def _on_block(self, emulator: Any, block: Any, previous: Any, data: object) -> None:
+        """Before each piece of straight code is executed for the first time."""
+        del previous, data
+        found = refused(self.code, block.pc - CODE, block.size)
+        if found is not None:
+            self._place, why = found
+            self._end(why)
             emulator.emu_stop()
 
     # ---- the guest's memory ----

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from tests.guest.linux.fake_linux import DATA, KALLSYMS, RODATA, TABLES, FakeLinux
 from vmexit.guest.linux.cache import Cache
-from vmexit.guest.linux.recognise import NotRecognisedError, recognise
+from vmexit.guest.linux.recognise import recognise
 from vmexit.guest.linux.stack import Stacks
 from vmexit.guest.memory import LAST_ADDRESS
+from vmexit.guest.system import NotRecognisedError
 
 
 def original() -> FakeLinux:

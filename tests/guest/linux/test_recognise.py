@@ -22,8 +22,9 @@ from tests.guest.linux.fake_linux import (
 )
 from vmexit.guest.linux.cache import Cache
 from vmexit.guest.linux.image import LINKED_AT
-from vmexit.guest.linux.recognise import Help, NotRecognisedError, recognise
+from vmexit.guest.linux.recognise import recognise
 from vmexit.guest.memory import PAGE
+from vmexit.guest.system import Help, NotRecognisedError
 
 LINE = f"Linux 6.1.0-fake-amd64 x86_64, slide {SLIDE:#x}, {len(symbols(0))} symbols, 0 modules"
 NOWHERE = Cache(Path("/dev/null/nowhere"))

@@ -9,7 +9,9 @@ import pytest
 
 from tests.guest.linux.fake_linux import FakeLinux
 from vmexit.guest.linux.running import Linux
-from vmexit.guest.linux.stack import _KINDS, _NUMBERINGS, MOST_FRAMES, Frame, Stacks
+from vmexit.guest.linux.stack import _KINDS, _NUMBERINGS, Stacks
+from vmexit.guest.scan import MOST_FRAMES
+from vmexit.guest.system import Frame
 
 Attach = Callable[[FakeLinux], Linux]
 BP, SP, R10, BP_INDIRECT, SP_INDIRECT = 4, 5, 6, 8, 9

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from vmexit.guest import paging
 from vmexit.guest.linux import recipe as recipes
 from vmexit.guest.linux.profile import Profile
 from vmexit.guest.linux.recipe import COMM_LENGTH, HIGHEST_PID, THREAD_SIZE, Recipe, is_kernel_pointer
 from vmexit.guest.memory import UnreadableError, VirtualMemory, printable
+from vmexit.guest.percpu import Areas
 
 _MOST_TASKS = 1 << 16
 _MOST_THREADS = 1 << 14
@@ -64,7 +64,7 @@ class Tasks:
         self._profile = profile
         self._slide = slide
         self._memory = memory
-        self._bases: dict[int, int] = {}
+        self._areas = Areas()
         self._recipe: Recipe | None = None
 
     @property
@@ -84,26 +84,9 @@ class Tasks:
         return None if base is None else self._at(base)
 
     def percpu_base(self, core: int, registers: Mapping[str, int]) -> int | None:
-        """The per-CPU area of the kernel on a vCPU; None: its registers do not say.
-
-        It stays what it is once the kernel is up, so it is remembered from a moment when there was no doubt: at CPL 3 it is
-        in KERNEL_GS_BASE; at CPL 0 it is the only one of the two that the kernel has handed out. A program that gives its own GS
-        the address of another CPU's area makes both look right; then the task has to own the stack that RSP points into.
-        """
-        bases = self.recipe.bases
-        if not paging.is_long_mode(registers["cr0"], registers["efer"]):
-            return None
-        kernel, other = registers["gs_base"], registers["kernel_gs_base"]
-        found = {base for base in bases if base} & ({other} if registers["cs"] & 3 else {kernel, other})
-        known = self._bases.get(core)
-        if known in bases:
-            return known if known in found else None
-        if len(found) == 1:
-            (base,) = found
-            self._bases[core] = base
-            return base
-        owners = [base for base in found if self._owns_stack(base, registers["rsp"])]
-        return owners[0] if len(owners) == 1 else None
+        """The per-CPU area of the kernel on a vCPU; None: its registers do not say."""
+        rsp = registers["rsp"]
+        return self._areas.base(core, registers, self.recipe.bases, lambda base: self._owns_stack(base, rsp))
 
     def _owns_stack(self, base: int, rsp: int) -> bool:
         task = self._at(base)
@@ -193,6 +176,15 @@ class Tasks:
         except UnreadableError:
             return None
 
+    def parent_id(self, task: Task) -> int | None:
+        """The number of that process."""
+        parent = self.parent(task)
+        return parent.pid if parent else None
+
+    def process_of(self, task: Task) -> Task | None:
+        """The first thread of a thread's process. Raises ProfileError."""
+        return task if task.tid == task.pid else self.find(task.pid)
+
     def state(self, task: Task) -> str:
         """One letter, as /proc/PID/stat has it; "?" where it is not known."""
         try:
@@ -219,6 +211,11 @@ class Tasks:
         except UnreadableError:
             return None
         return pgd if is_kernel_pointer(pgd) else None
+
+    def places(self, task: Task) -> list[tuple[str, int]]:
+        """Where its address space is described."""
+        tables = self.page_tables(task)
+        return [] if tables is None else [("page tables", tables), ("mm_struct", task.mm)]
 
     def program(self, task: Task) -> str | None:
         """The path of the file that it executes, within that file's own file system; None: not known, or there is none."""

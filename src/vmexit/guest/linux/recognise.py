@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-from vmexit.errors import VmexitError
 from vmexit.guest import paging
 from vmexit.guest.linux import slide as slides
 from vmexit.guest.linux.cache import Cache
@@ -15,30 +13,11 @@ from vmexit.guest.linux.kallsyms import KallsymsError
 from vmexit.guest.linux.profile import Profile, ProfileError, complete, parse_map, profile_of
 from vmexit.guest.linux.running import Linux
 from vmexit.guest.memory import LAST_ADDRESS, PAGE, Machine, PhysicalMemory, UnreadableError, VirtualMemory
+from vmexit.guest.system import Help, NotRecognisedError
 
 _MOST_IMAGE = 512 << 20
 _PIECE = 1 << 20
 _MAP_BANNER = b"Linux version "
-
-
-class NotRecognisedError(VmexitError):
-    """The guest is nothing that is known here, or not yet; ``reason`` says why."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(f"the guest is not known: {reason}")
-        self.reason = reason
-
-    remarks: tuple[str, ...] = ()
-    """What was wrong with the help that was given; a line each."""
-
-
-@dataclass(frozen=True, slots=True)
-class Help:
-    """What a user gives where the guest alone is not enough."""
-
-    image: Path | None = None
-    """A bzImage, or a vmlinux."""
-    system_map: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +123,9 @@ class _Search:
             raise NotRecognisedError(f"what is mapped where Linux lies cannot be understood: {error}") from None
         linux = self._placed(profile)
         if linux is None:
-            raise NotRecognisedError("no Linux: the banner of what is mapped where its kernel would be has changed")
+            raise NotRecognisedError(
+                "no Linux: the banner of what is mapped where its kernel would be has changed", is_other_system=True
+            )
         # By banner: the same kernel gives the same profile, wherever it was read.
         self._cache.keep(self._cache.key_of(b"memory" + profile.banner), profile)
         return linux, "the guest's memory"
@@ -159,7 +140,7 @@ class _Search:
             if extent is not None and (best is None or extent[1] - extent[0] > best[1] - best[0]):
                 best = (*extent, memory)
         if best is None or best[0] < LINKED_AT:
-            raise NotRecognisedError("no Linux: nothing is mapped where its kernel would be")
+            raise NotRecognisedError("no Linux: nothing is mapped where its kernel would be", is_other_system=True)
         start, end, memory = best
         where = memory.translate(start)
         parts = []
@@ -170,7 +151,7 @@ class _Search:
                 break
         data = b"".join(parts)
         if b"Linux version " not in data:
-            raise NotRecognisedError("no Linux: what is mapped where its kernel would be has no banner")
+            raise NotRecognisedError("no Linux: what is mapped where its kernel would be has no banner", is_other_system=True)
         return Image(data, [Part(start, 0, len(data))])
 
     def _placed(self, profile: Profile) -> Linux | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 
+from vmexit.guest.linux.btf import Btf
 from vmexit.guest.linux.modules import Module, read_module_symbols, read_modules
 from vmexit.guest.linux.processes import Task, Tasks
 from vmexit.guest.linux.profile import Profile, ProfileError
@@ -23,6 +24,8 @@ _MOST_PLACES = 1 << 16
 
 class Linux:
     """One boot of a kernel. What is read of it holds for one stop of the machine: ``forget`` when it has run."""
+
+    kernel_name = KERNEL
 
     def __init__(self, profile: Profile, placement: Placement, memory: VirtualMemory) -> None:
         """``memory``: by the kernel's own page tables."""
@@ -49,14 +52,31 @@ class Linux:
         """Where the kernel's image begins and ends."""
         return self._start, self._end
 
+    @property
+    def symbol_count(self) -> int:
+        """How many symbols of the kernel's own are known."""
+        return len(self.profile.symbols)
+
+    @property
+    def built(self) -> str:
+        """What the kernel says of its build."""
+        return self.profile.version
+
+    @property
+    def types(self) -> Btf:
+        """The kernel's types. Raises BtfError where it carries none."""
+        return self.profile.btf
+
     def forget(self) -> None:
         """The machine has run, or somebody has changed its memory."""
         self.memory.forget()
         self.tasks.forget()
         self._modules_hold = False
 
-    def is_same(self, other: Linux) -> bool:
+    def is_same(self, other: object) -> bool:
         """Whether two are one kernel at one place."""
+        if not isinstance(other, Linux):
+            return False
         return self.placement == other.placement and self.profile.banner == other.profile.banner
 
     def is_entered_at(self, lstar: int) -> bool:

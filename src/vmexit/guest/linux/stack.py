@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from vmexit.guest.linux.profile import ProfileError
 from vmexit.guest.linux.recipe import THREAD_SIZE, is_kernel_pointer
 from vmexit.guest.linux.running import Linux
-from vmexit.guest.memory import PAGE, UnreadableError
+from vmexit.guest.memory import UnreadableError
+from vmexit.guest.scan import MOST_FRAMES, guesses
+from vmexit.guest.system import Frame
 
-MOST_FRAMES = 128
 _MOST_ENTRIES = 1 << 24
 
 # struct orc_entry: two offsets, then 4 bits for each of two registers, then what differs by kernel.
@@ -39,15 +40,6 @@ _REGISTERS = {_DX: "rdx", _DI: "rdi", _R10: "r10", _R13: "r13"}
 # struct pt_regs: where registers lie in it; its last five words are what the processor itself has pushed.
 _PT_REGS = {"r13": 0x10, "rbp": 0x20, "r10": 0x38, "rdx": 0x60, "rdi": 0x70}
 _PT_RIP, _PT_CS, _PT_RSP = 0x80, 0x88, 0x98
-
-
-@dataclass(frozen=True, slots=True)
-class Frame:
-    """One function on the stack. ``address``: where it goes on, or is now; ``stack``: RSP there."""
-
-    address: int
-    stack: int
-    is_guess: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,29 +211,7 @@ class Stacks:
         if not is_kernel_pointer(sp):
             return
         # Kernel stacks are aligned to their size.
-        end = (sp | THREAD_SIZE - 1) + 1
-        found = 0
-        for page in range(sp, end, PAGE):
-            try:
-                words = self._memory.words(page, min(PAGE, end - page) // 8)
-            except UnreadableError:
-                return
-            for index, word in enumerate(words):
-                if self._linux.is_code(word) and self._is_behind_call(word):
-                    yield Frame(word, page + index * 8 + 8, is_guess=True)
-                    found += 1
-                    if found == MOST_FRAMES:
-                        return
-
-    def _is_behind_call(self, address: int) -> bool:
-        try:
-            code = self._memory.read(address - 7, 7)
-        except UnreadableError:
-            return False
-        if code[2] == 0xE8:
-            return True
-        # FF /2 with a register or memory operand, in each of the lengths that it has.
-        return any(code[7 - length] == 0xFF and code[8 - length] >> 3 & 7 == 2 for length in (2, 3, 4, 6, 7))
+        yield from guesses(self._memory, sp, (sp | THREAD_SIZE - 1) + 1, self._linux.is_code)
 
 
 def _signed32(value: int) -> int:

@@ -1,0 +1,130 @@
+/* HyperDbg's structures as its SDK v0.23 lays them out on 64-bit, written from their names, types and order. */
+#ifndef HYPERDBG_H
+#define HYPERDBG_H
+
+#include <stdint.h>
+
+typedef uint8_t BOOLEAN;
+typedef uint32_t UINT32;
+typedef uint64_t UINT64;
+typedef void *PVOID;
+
+#define CTL_CODE(DeviceType, Function, Method, Access) (((DeviceType) << 16) | ((Access) << 14) | ((Function) << 2) | (Method))
+#define FILE_DEVICE_UNKNOWN 0x22
+#define IOCTL_VMM_IOCTL (0x800 + 0x200)
+#define IOCTL_DEBUGGER_READ_OR_WRITE_MSR CTL_CODE(FILE_DEVICE_UNKNOWN, IOCTL_VMM_IOCTL + 0x03, 0, 0)
+#define IOCTL_DEBUGGER_REGISTER_EVENT CTL_CODE(FILE_DEVICE_UNKNOWN, IOCTL_VMM_IOCTL + 0x05, 0, 0)
+#define IOCTL_DEBUGGER_ADD_ACTION_TO_EVENT CTL_CODE(FILE_DEVICE_UNKNOWN, IOCTL_VMM_IOCTL + 0x06, 0, 0)
+#define IOCTL_DEBUGGER_MODIFY_EVENTS CTL_CODE(FILE_DEVICE_UNKNOWN, IOCTL_VMM_IOCTL + 0x0b, 0, 0)
+/* As its manual has them. */
+#define IOCTL_MANUAL_REGISTER_EVENT CTL_CODE(FILE_DEVICE_UNKNOWN, 0x806, 0, 0)
+#define IOCTL_MANUAL_ADD_ACTION_TO_EVENT CTL_CODE(FILE_DEVICE_UNKNOWN, 0x807, 0, 0)
+
+#define DEBUGGER_EVENT_APPLY_TO_ALL_CORES 0xffffffff
+#define DEBUGGER_EVENT_APPLY_TO_ALL_PROCESSES 0xffffffff
+#define DEBUGGER_EVENT_MSR_READ_OR_WRITE_ALL_MSRS 0xffffffff
+#define DEBUGGER_MODIFY_EVENTS_APPLY_TO_ALL_TAG 0xffffffffffffffff
+#define DEBUGGER_OPERATION_WAS_SUCCESSFUL 0xffffffff
+#define DEBUGGER_ERROR_TAG_NOT_EXISTS 0xc0000000
+
+typedef enum {
+    HIDDEN_HOOK_READ_AND_WRITE_AND_EXECUTE,
+    HIDDEN_HOOK_READ_AND_WRITE,
+    HIDDEN_HOOK_READ_AND_EXECUTE,
+    HIDDEN_HOOK_WRITE_AND_EXECUTE,
+    HIDDEN_HOOK_READ,
+    HIDDEN_HOOK_WRITE,
+    HIDDEN_HOOK_EXECUTE,
+    HIDDEN_HOOK_EXEC_DETOURS,
+    HIDDEN_HOOK_EXEC_CC,
+    SYSCALL_HOOK_EFER_SYSCALL,
+    SYSCALL_HOOK_EFER_SYSRET,
+    CPUID_INSTRUCTION_EXECUTION,
+    RDMSR_INSTRUCTION_EXECUTION,
+    WRMSR_INSTRUCTION_EXECUTION,
+} VMM_EVENT_TYPE_ENUM;
+
+typedef enum { BREAK_TO_DEBUGGER, RUN_SCRIPT, RUN_CUSTOM_CODE } DEBUGGER_EVENT_ACTION_TYPE_ENUM;
+
+typedef enum {
+    VMM_CALLBACK_CALLING_STAGE_INVALID_EVENT_EMULATION,
+    VMM_CALLBACK_CALLING_STAGE_PRE_EVENT_EMULATION,
+    VMM_CALLBACK_CALLING_STAGE_POST_EVENT_EMULATION,
+    VMM_CALLBACK_CALLING_STAGE_ALL_EVENT_EMULATION,
+} VMM_CALLBACK_EVENT_CALLING_STAGE_TYPE;
+
+typedef enum {
+    DEBUGGER_MODIFY_EVENTS_QUERY_STATE,
+    DEBUGGER_MODIFY_EVENTS_ENABLE,
+    DEBUGGER_MODIFY_EVENTS_DISABLE,
+    DEBUGGER_MODIFY_EVENTS_CLEAR,
+} DEBUGGER_MODIFY_EVENTS_TYPE;
+
+typedef enum { DEBUGGER_MSR_READ, DEBUGGER_MSR_WRITE } DEBUGGER_MSR_ACTION_TYPE;
+
+typedef struct LIST_ENTRY {
+    struct LIST_ENTRY *Flink;
+    struct LIST_ENTRY *Blink;
+} LIST_ENTRY;
+
+typedef struct {
+    UINT64 OptionalParam1;
+    UINT64 OptionalParam2;
+    UINT64 OptionalParam3;
+    UINT64 OptionalParam4;
+    UINT64 OptionalParam5;
+    UINT64 OptionalParam6;
+} DEBUGGER_EVENT_OPTIONS;
+
+typedef struct {
+    LIST_ENTRY CommandsEventList;
+    UINT32 CoreId;
+    UINT32 ProcessId;
+    BOOLEAN IsEnabled;
+    BOOLEAN EnableShortCircuiting;
+    VMM_CALLBACK_EVENT_CALLING_STAGE_TYPE EventStage;
+    BOOLEAN HasCustomOutput;
+    UINT64 OutputSourceTags[5];
+    UINT32 CountOfActions;
+    UINT64 Tag;
+    VMM_EVENT_TYPE_ENUM EventType;
+    DEBUGGER_EVENT_OPTIONS Options;
+    PVOID CommandStringBuffer;
+    UINT32 ConditionBufferSize;
+} DEBUGGER_GENERAL_EVENT_DETAIL;
+
+typedef struct {
+    UINT64 EventTag;
+    DEBUGGER_EVENT_ACTION_TYPE_ENUM ActionType;
+    BOOLEAN ImmediateMessagePassing;
+    UINT32 PreAllocatedBuffer;
+    UINT32 CustomCodeBufferSize;
+    UINT32 ScriptBufferSize;
+    UINT32 ScriptBufferPointer;
+} DEBUGGER_GENERAL_ACTION;
+
+typedef struct {
+    BOOLEAN IsSuccessful;
+    UINT32 Error;
+} DEBUGGER_EVENT_AND_ACTION_RESULT;
+
+typedef struct {
+    UINT64 Tag;
+    UINT64 KernelStatus;
+    DEBUGGER_MODIFY_EVENTS_TYPE TypeOfAction;
+    BOOLEAN IsEnabled;
+} DEBUGGER_MODIFY_EVENTS;
+
+typedef struct {
+    UINT64 KernelStatus;
+    BOOLEAN IsShortCircuiting;
+} DEBUGGER_SHORT_CIRCUITING_EVENT;
+
+typedef struct {
+    UINT64 Msr;
+    UINT32 CoreNumber;
+    DEBUGGER_MSR_ACTION_TYPE ActionType;
+    UINT64 Value;
+} DEBUGGER_READ_AND_WRITE_ON_MSR;
+
+#endif

@@ -103,7 +103,9 @@ class GuestView:
         if self._found is not None:
             with contextlib.suppress(VmexitError):
                 recipe = self._found.system.recipe
-        self._debugger.set_recipe(recipe)
+        # An agent that does not take it does without; everything else is known all the same.
+        with contextlib.suppress(RequestError):
+            self._debugger.set_recipe(recipe)
 
     def forget(self) -> None:
         """Memory has changed: nothing of it that was read before counts any more."""

@@ -151,6 +151,31 @@ def test_what_does_not_fit_goes_into_another_line(booted: Typist, width: int | N
     assert columns.lines(joined([record(flags=SKIPPED, rip=WRMSR_AT)] * times)).splitlines() == lines * times
 
 
+def of_thread(pid: int, tid: int, *, known: bool = True, rip: int = WRMSR_AT) -> Records:
+    """A record that tells its thread."""
+    made = record(rip=rip, flags=int(RecordFlag.PROCESS_KNOWN) if known else 0)
+    made["process"], made["thread"] = pid, tid
+    return made
+
+
+def test_the_thread_is_named_where_the_record_tells_it(booted: Typist, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = {(0x5E, 0x5F): "w\u00f6rker", (0, 0): "swapper/0"}
+    monkeypatch.setattr(booted.debugger.thread_names, "get", lambda pid, tid: named.get((pid, tid)))
+    columns = Columns(0, names=booted.debugger.names)
+    records = [of_thread(0x5E, 0x5F), of_thread(0x5E, 0x5E, rip=0x1000), of_thread(0, 0), of_thread(0, 0, known=False)]
+    ends = ["  pid 5e tid 5f w\\xf6rker", "  LSTAR  pid 5e", "  pid 0 swapper/0", "  native_write_msr+0x2 [kernel]"]
+    for count in (1, 20):
+        lines = columns.lines(joined(records * count)).splitlines()
+        assert len(lines) == 4 * count
+        assert all(line.endswith(end) for line, end in zip(lines, ends * count, strict=True))
+    columns.width = 80
+    assert columns.lines(joined(records * 20)) == "".join(f"{columns.line(one)}\n" for one in traps_of(joined(records * 20)))
+    assert (
+        columns.lines(records[0]).splitlines()[1]
+        == "              LSTAR  native_write_msr+0x2 [kernel]  pid 5e tid 5f w\\xf6rker"
+    )
+
+
 def test_many_places_at_once(booted: Typist) -> None:
     columns = Columns(0, colour=True, names=booted.debugger.names)
     columns.width = 100

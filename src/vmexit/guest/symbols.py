@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -39,18 +40,18 @@ class Symbol(NamedTuple):
     kind: str
 
 
-def _pages(addresses: npt.NDArray[np.uint64]) -> tuple[int, list[int]]:
+def _pages(addresses: npt.NDArray[np.uint64]) -> tuple[int, array[int]]:
     """The address of a first page, and for each page from there to the end how many symbols lie below it.
 
     What lies far below the others (per-CPU variables, which begin at 0) is left out, and so is what lies far above.
     """
     if not len(addresses):
-        return 0, []
+        return 0, array("I")
     middle = int(addresses[len(addresses) // 2])
     base = max(int(addresses[0]), middle - _MOST_BYTES) >> _PAGE_BITS << _PAGE_BITS
     last = min(int(addresses[-1]), middle + _MOST_BYTES)
     edges = np.arange(0, ((last - base) >> _PAGE_BITS) + 1, dtype=np.uint64) * np.uint64(1 << _PAGE_BITS) + np.uint64(base)
-    return base, np.searchsorted(addresses, edges, side="left").tolist()
+    return base, array("I", np.searchsorted(addresses, edges, side="left").astype(np.uint32).tobytes())
 
 
 class Symbols:
@@ -59,8 +60,9 @@ class Symbols:
     def __init__(self, addresses: npt.NDArray[np.uint64], names: Sequence[str], kinds: str) -> None:
         """``addresses`` rise; ``names`` and ``kinds`` belong to them."""
         self._array = addresses
-        # A plain list answers in a tenth of the time that numpy's array takes for one address.
-        self._addresses: list[int] = addresses.tolist()
+        # Such an array answers in a tenth of the time that numpy's takes for one address, and takes a sixth of a list's memory: an
+        # address that is new is not in the processor's cache.
+        self._addresses = array("Q", addresses.tobytes())
         self._names = names
         self._kinds = kinds
         self._base, self._firsts = _pages(addresses)

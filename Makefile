@@ -5,7 +5,7 @@ BIN := .venv/bin
 ARGS :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench wheel clean
+.PHONY: help setup demo test lint bench picture wheel clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 14
@@ -31,6 +31,11 @@ lint: ## check the Python and the C sources
 bench: ## measure the cost of a trap, beside gdb and Unicorn
 	@tools/setup bench
 	@$(BIN)/python -m benchmarks
+
+picture: ## take docs/pictures/report.png anew: a Linux boots, is recorded, and its page looked at in a browser
+	@tools/setup test
+	@$(BIN)/vmexit demo --record build/boot.rec >build/picture.log
+	@$(BIN)/python -m tests.report.picture build/boot.rec docs/pictures/report.png
 
 wheel: ## build dist/vmexit-*.whl
 	@tools/setup lint

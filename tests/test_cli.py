@@ -57,7 +57,18 @@ def test_msr(words: list[str], shown: str, capsys: Shown) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["run", "--help"], ["attach", "-h"], ["msr", "--help"], ["demo", "-h"], ["doctor", "-h"]]
+    "arguments",
+    [
+        ["--help"],
+        ["run", "--help"],
+        ["attach", "-h"],
+        ["msr", "--help"],
+        ["demo", "-h"],
+        ["doctor", "-h"],
+        ["record", "-h"],
+        ["record", "run", "-h"],
+        ["report", "-h"],
+    ],
 )
 def test_help(arguments: list[str], capsys: Shown) -> None:
     assert cli.main(arguments) == 0
@@ -67,7 +78,7 @@ def test_help(arguments: list[str], capsys: Shown) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ([], "what to do? run, attach, watch, host, eval, msr, demo or doctor (see vmexit --help)"),
+        ([], "what to do? run, attach, watch, host, record, report, eval, msr, demo or doctor (see vmexit --help)"),
         (["walk"], "argument ACTION: invalid choice: 'walk'"),
         (["--bogus"], "unrecognized: --bogus"),
         (["run"], "QEMU's arguments are missing: vmexit run [options] -- QEMU ARGUMENTS"),
@@ -230,7 +241,7 @@ def test_demo(monkeypatch: pytest.MonkeyPatch, capsys: Shown) -> None:
 
     kernels: list[Any] = []
 
-    def run(kernel: Path | None = None) -> int:
+    def run(kernel: Path | None = None, record: Path | None = None) -> int:
         kernels.append(kernel)
         if kernel == Path("/bad"):
             raise VmexitError("this is no kernel")

@@ -109,10 +109,11 @@ SCRIPT = 'printf("%llx ", @rax); @rax = @rax * 2;'
 CODE = bytes.fromhex("81 02 00010000")  # add dword ptr [rdx], 0x100
 
 
+@pytest.mark.parametrize("thread", ["multi", "kvm"])
 @pytest.mark.parametrize("condition", [None, ODD, ODD_EMULATED])
 @pytest.mark.parametrize("is_code_first", [False, True])
-def test_code_and_script_run_in_the_order_given(condition: bytes | None, is_code_first: bool) -> None:
-    with guest("loop", COUNT=3) as (debugger, _, output):
+def test_code_and_script_run_in_the_order_given(condition: bytes | None, is_code_first: bool, thread: str) -> None:
+    with guest("loop", thread=thread, COUNT=3) as (debugger, _, output):
         printed = prints(debugger)
         values: list[int] = []
         debugger.listeners.append(lambda traps: values.extend(trap.value & 0xFFFF for trap in traps))

@@ -68,7 +68,13 @@ def test_wheel_from_source_distribution(project: Path, tmp_path: Path) -> None:
         points = archive.read("vmexit-0.1.0.dist-info/entry_points.txt").decode()
         agent = tmp_path / "agent.so"
         agent.write_bytes(archive.read("vmexit/agent/agent.so"))
-    assert {"vmexit/py.typed", "vmexit/agent/wire.h", "vmexit/setup/kernel.py", "vmexit/msr/data/5-amd.txt"} <= names
+    assert {
+        "vmexit/py.typed",
+        "vmexit/agent/wire.h",
+        "vmexit/setup/kernel.py",
+        "vmexit/msr/data/5-amd.txt",
+        "vmexit/report/page.js",
+    } <= names
     assert "vmexit/guest/windows/offsets.toml" in names
     assert {name.rpartition(".")[2] for name in names if name.startswith("vmexit/")} == {
         "py",
@@ -78,6 +84,9 @@ def test_wheel_from_source_distribution(project: Path, tmp_path: Path) -> None:
         "txt",
         "toml",
         "md",
+        "html",
+        "css",
+        "js",
     }
     assert "vmexit = vmexit.cli:main" in points
     assert metadata["License-Expression"] == "GPL-2.0-or-later"

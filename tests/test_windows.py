@@ -122,3 +122,32 @@ def test_at_the_prompt(tmp_path: Path) -> None:
         assert "UniqueProcessId" in types("dt _EPROCESS")
         view = GuestView(debugger, given=Help(pdb=tmp_path / "memory"), cache=Cache(tmp_path / "elsewhere" / "linux"))
         assert view.recognised.remarks[0].endswith("memory is of no use: it is no PDB (MSF 7.00)")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=[layout.name for layout in LAYOUTS.values()])
+def test_events_about_a_process(layout: Layout, tmp_path: Path) -> None:
+    """The agent itself follows the way to the thread, at each trap."""
+    windows = FakeWindows(layout, vcpus=1)
+    printed: list[str] = []
+    with booted(tmp_path, windows) as (debugger, output):
+        view = GuestView(debugger, cache=Cache(tmp_path / "linux"))
+        debugger.on_msr_write(LSTAR, lambda trap: print(view.at_lstar(trap.core, trap.value)))
+        debugger.print_listeners.append(lambda each: printed.append(each.text.decode()))
+        own = debugger.on_msr_write(MISC_ENABLE, pid=0x1234)
+        other = debugger.on_msr_write(MISC_ENABLE, pid=0x5678)
+        every = debugger.on_msr_write(MISC_ENABLE, with_process=True)
+        text = 'printf("%llx %llx %s %llx %llx\\n", $pid, $tid, $pname, $proc, $thread);'
+        debugger.on_msr_write(MISC_ENABLE, script=text)
+        stop = debugger.run(timeout=TIMEOUT)
+        assert stop.exit_status == 33, output.text
+        assert own.recording is not None and every.recording is not None
+        assert [trap.value for trap in own.recording] == [tid for tid in ORDER if tid in (0x1238, 0x123C)]
+        assert debugger.hits(other) == 0
+        seen = [(trap.pid, trap.tid) for trap in every.recording]
+    owners = {0x123C: 0x1234, 0x1238: 0x1234, 8: 4, 0x1A8: 0x1A4, 0: 0}
+    names = {0x1234: "a-long-program", 4: "System", 0x1A4: "smss.exe", 0: "Idle"}
+    assert seen == [(owners[tid], tid) for tid in ORDER]
+    assert "".join(printed).splitlines() == [
+        f"{owners[tid]:x} {tid:x} {names[owners[tid]]} {windows.processes[owners[tid]]:x} {windows.threads[tid]:x}"
+        for tid in ORDER
+    ]

@@ -105,14 +105,20 @@ def _lifted(debugger: Debugger, condition: bytes) -> CompiledScript | None:
 class _TrappedGuest:
     """What a vCPU that was trapped reaches of its guest (sandbox.Guest)."""
 
+    __slots__ = ("_debugger", "_trap")
+
     def __init__(self, trap: LiveTrap, debugger: Debugger) -> None:
+        self._trap = trap
         self._debugger = debugger
-        self.read_memory = trap.read_memory
-        self.write_memory = trap.write_memory
-        self._core = trap.core
+
+    def read_memory(self, address: int, length: int) -> bytes:
+        return self._trap.read_memory(address, length)
+
+    def write_memory(self, address: int, data: bytes) -> None:
+        self._trap.write_memory(address, data)
 
     def segment_bases(self) -> tuple[int, int]:
-        values = self._debugger.target.link.registers(self._core)
+        values = self._debugger.target.link.registers(self._trap.core)
         return values[_FS_BASE], values[_GS_BASE]
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import vmexit
+from vmexit.console.record import RecordTo, Tape
 from vmexit.console.render import Columns, summary_table
 from vmexit.debugger import Debugger, Stop, StopReason
 from vmexit.errors import VmexitError
@@ -140,15 +141,22 @@ def _arguments(kernel: Kernel) -> Iterator[list[str]]:
         ]
 
 
-def run(kernel: Path | None = None) -> int:
+def run(kernel: Path | None = None, record: Path | None = None) -> int:
     """Runs it with this kernel, $VMEXIT_KERNEL or Debian's; 0 if the guest ran to its end and saw what it should.
 
-    Raises VmexitError, with one line for the user, where it cannot be run.
+    ``record``: a file that all of it is recorded into. Raises VmexitError, with one line for the user, where it cannot be run.
     """
     found = find_kernel(kernel)
     screen = _Screen()
     demo = _Demo(screen)
-    with _arguments(found) as arguments, Debugger(Qemu(arguments, output=demo.on_output)) as debugger:
+    with contextlib.ExitStack() as held:
+        tape = Tape(RecordTo(record)) if record else None
+        if tape is not None:
+            held.callback(tape.close)
+        arguments = held.enter_context(_arguments(found))
+        debugger = held.enter_context(Debugger(Qemu(arguments, output=demo.on_output)))
+        if tape is not None:
+            tape.watch(debugger, target="run", arguments=tuple(arguments))
         machine = f"Linux {found.release} on {VCPUS} vCPUs of {debugger.target.name}"
         screen.print(
             f"vmexit {vmexit.__version__}: {machine}; every WRMSR is trapped but for five that are written all the time\n"
@@ -162,6 +170,8 @@ def run(kernel: Path | None = None) -> int:
         _check(stop, demo.said)
         total, lost = debugger.summary.total, debugger.dropped()
         screen.print(f"\n{total} records, {lost} lost. The guest has ended; status {stop.exit_status}.")
+        if tape is not None:
+            screen.print(f"{tape.end('the machine ended', stop.exit_status)}; 'vmexit report {record}' shows it")
     return 0
 
 

@@ -25,6 +25,10 @@ class LinkError(VmexitError):
     """The connection to the agent cannot be made, has broken, or brought something that makes no sense."""
 
 
+class NotKnownError(VmexitError):
+    """Too little is known of the guest for what was asked, or not yet."""
+
+
 class UsageError(VmexitError):
     """The arguments of the `vmexit` command make no sense."""
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
-from vmexit.errors import VmexitError
+from vmexit.errors import NotKnownError
 from vmexit.guest.linux.cache import Cache
 from vmexit.guest.linux.recipe import is_kernel_pointer
 from vmexit.guest.linux.running import Linux
@@ -101,7 +101,7 @@ class GuestView:
         """Has the agent know which process runs, as soon as the kernel has come so far that it can be known."""
         recipe = None
         if self._found is not None:
-            with contextlib.suppress(VmexitError):
+            with contextlib.suppress(NotKnownError):
                 recipe = self._found.system.recipe
         # An agent that does not take it does without; everything else is known all the same.
         with contextlib.suppress(RequestError):

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as bench
-from benchmarks import names, worker
+from benchmarks import code, names, worker
 from benchmarks.common import BenchmarkError, Case, Sample, Target, child, interleave, results, table
-from benchmarks.loop import Loop
+from benchmarks.loop import MSR, Loop
 
 needs_gdb = pytest.mark.skipif(shutil.which("gdb") is None, reason="no gdb here (Debian: apt install gdb)")
 needs_unicorn = pytest.mark.skipif(find_spec("unicorn") is None, reason="no unicorn here (pip install '.[bench]')")
@@ -42,6 +42,20 @@ def test_the_cheap_cases(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_a_case_sees_every_event(case: str, count: int) -> None:
     sample = child("benchmarks.worker", [case, str(count)], 60)
     assert sample.events == count and sample.seconds > 0
+
+
+@pytest.mark.parametrize(("condition", "machine_code"), [(code.FALSE, None), (code.FALSE_BY_STACK, None), (None, code.NOPS)])
+def test_the_cases_of_machine_code_see_every_event(condition: str | None, machine_code: bytes | None) -> None:
+    assert code.with_event(50, lambda debugger: debugger.on_msr_write(MSR, condition=condition, code=machine_code)) > 0
+
+
+def test_a_condition_that_holds_where_it_should_not_is_noticed() -> None:
+    with pytest.raises(BenchmarkError, match="or the condition held"):
+        code.with_event(5, lambda debugger: debugger.on_msr_write(MSR, condition="mov eax, 1"))
+
+
+def test_the_first_use_of_machine_code() -> None:
+    assert code.first_use() > 0
 
 
 def test_every_case_has_a_runner_and_a_base() -> None:

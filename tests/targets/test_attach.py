@@ -274,7 +274,7 @@ def test_a_paused_qemu(start: Start, tmp_path: Path) -> None:
 
 
 def test_a_qemu_that_was_paused_after_it_had_run(tmp_path: Path) -> None:
-    """Its vCPU's thread comes through nothing of the agent's, and KVM has a thread there that is in KVM_RUN."""
+    """Its vCPU's thread does not come to the agent, and KVM has a thread of its own that seems to be in KVM_RUN for ever."""
     need_kvm()
     pytest.importorskip("pyinjector")
     monitor = tmp_path / "monitor"

@@ -1,8 +1,8 @@
 /* The way to the current thread: a recipe, checked when it comes, and followed at each trap that asks.
  *
  * All of it is read through page tables that the recipe names, not through CR3, and directly where the guest's memory lies in this process.
- * The whole way takes some twenty reads for each page that it leads through. So it is remembered with the page table entry that maps each
- * of these pages: as long as the entries and the pointers on the way are what they were, only the numbers at its end are read anew.
+ * It is remembered with the entries of the page tables that map the pages that it leads through: as long as these entries and the pointers
+ * on the way are what they were, nothing has to be searched for.
  *
  * Every value comes from the guest and may lie: each read is of memory that is there, there are at most VMEXIT_MAX_STEPS of them, and what
  * does not pass its check makes the thread unknown.
@@ -29,7 +29,7 @@
 
 enum { CR0_PAGING = 1u << 31, CR4_PAE = 1 << 5, CR4_LA57 = 1 << 12, EFER_LMA = 1 << 10 };
 /* Pages of physical memory whose place is remembered (sets of two), pages that one way can lead through, names that were told. */
-enum { PAGE_SETS = 128, MOST_PAGES = 2 * VMEXIT_MAX_STEPS, TOLD = 256 };
+enum { PAGE_SETS = 128, MOST_PAGES = 2 * VMEXIT_MAX_STEPS, MOST_LEVELS = 5, TOLD = 256 };
 
 struct recipe {
     struct vmexit_recipe head;
@@ -44,8 +44,11 @@ struct mapped {
     uint64_t address;
     const uint8_t *bytes; /* null: to be read by the door */
     uint64_t physical;
-    const uint8_t *entry; /* of the page tables, and what it was; null: that is not to be had directly */
-    uint64_t value;
+    unsigned levels;
+    struct {
+        const uint8_t *at; /* null: to be read by the door */
+        uint64_t value;
+    } entries[MOST_LEVELS]; /* of the page tables, and what they were */
 };
 
 struct known_page {
@@ -259,18 +262,20 @@ static const uint8_t *page_at(struct place *place, uint64_t physical)
 /* A walk through the page tables. */
 struct walk {
     struct place *place;
-    const uint8_t *entry; /* the last one that was read; null: not directly */
+    struct mapped *page;
 };
 
 static bool read_entry(void *context, uint64_t physical, void *bytes, uint32_t length, bool write)
 {
     struct walk *walk = context;
     const uint8_t *page = page_at(walk->place, PAGE_START(physical));
+    const unsigned level = walk->page->levels++;
     (void)write;
-    walk->entry = page ? page + physical % PAGE_BYTES : NULL;
     if (page == NULL)
         return core.door->read_physical(physical, bytes, length);
-    memcpy(bytes, walk->entry, length);
+    walk->page->entries[level].at = page + physical % PAGE_BYTES;
+    memcpy(bytes, walk->page->entries[level].at, length);
+    memcpy(&walk->page->entries[level].value, bytes, length);
     return true;
 }
 
@@ -281,12 +286,32 @@ static uint64_t load(const uint8_t *at)
     return value;
 }
 
+static bool is_direct(const struct mapped *page)
+{
+    for (unsigned level = 0; level < page->levels; level++)
+        if (page->entries[level].at == NULL)
+            return false;
+    return true;
+}
+
+static bool is_still_mapped(const struct mapped *page)
+{
+    for (unsigned level = 0; level < page->levels; level++)
+        if (load(page->entries[level].at) != page->entries[level].value)
+            return false;
+    return true;
+}
+
 static const struct mapped *map_page(struct place *place, const struct recipe *recipe, uint64_t address)
 {
     for (unsigned i = 0; i < place->page_count; i++)
         if (place->pages[i].address == address)
             return &place->pages[i];
-    struct walk walk = {.place = place};
+    if (place->page_count == MOST_PAGES)
+        return NULL;
+    struct mapped *found = &place->pages[place->page_count];
+    struct walk walk = {.place = place, .page = found};
+    *found = (struct mapped){.address = address};
     const struct paging paging = {
         .cr0 = CR0_PAGING,
         .cr3 = recipe->head.root,
@@ -295,14 +320,11 @@ static const struct mapped *map_page(struct place *place, const struct recipe *r
         .access = read_entry,
         .context = &walk,
     };
-    struct mapped found = {.address = address};
-    if (place->page_count == MOST_PAGES || !paging_translate(&paging, address, &found.physical, NULL))
+    if (!paging_translate(&paging, address, &found->physical, NULL))
         return NULL;
-    found.bytes = page_at(place, found.physical);
-    found.entry = walk.entry;
-    found.value = walk.entry ? load(walk.entry) : 0;
-    place->pages[place->page_count] = found;
-    return &place->pages[place->page_count++];
+    found->bytes = page_at(place, found->physical);
+    place->page_count++;
+    return found;
 }
 
 /* Reads guest memory. `at` is where all of it is in this process, or null where it is not in one piece or not to be read directly. */
@@ -370,7 +392,7 @@ static bool take(const struct recipe *recipe, const struct vmexit_step *step, co
 static bool follow(struct place *place, const struct recipe *recipe, uint64_t base)
 {
     struct task *task = &place->task;
-    bool is_direct = true;
+    bool can_repeat = true;
     place->way_from = 0;
     place->page_count = 0;
     *task = (struct task){.found[VMEXIT_FOUND_BASE] = base};
@@ -380,12 +402,12 @@ static bool follow(struct place *place, const struct recipe *recipe, uint64_t ba
         if (!read_memory(place, recipe, task->found[step->source] + step->offset, bytes, step->size, &place->at[i]) ||
             !take(recipe, step, bytes, task))
             return false;
-        is_direct &= place->at[i] != NULL;
+        can_repeat &= place->at[i] != NULL;
     }
     for (unsigned i = 0; i < place->page_count; i++)
-        is_direct &= place->pages[i].entry != NULL;
+        can_repeat &= is_direct(&place->pages[i]);
     task->is_known = true;
-    if (is_direct)
+    if (can_repeat)
         place->way_from = base;
     return true;
 }
@@ -394,7 +416,7 @@ static bool follow(struct place *place, const struct recipe *recipe, uint64_t ba
 static bool follow_again(struct place *place, const struct recipe *recipe)
 {
     for (unsigned i = 0; i < place->page_count; i++)
-        if (load(place->pages[i].entry) != place->pages[i].value)
+        if (!is_still_mapped(&place->pages[i]))
             return false;
     struct task *task = &place->task;
     for (uint32_t i = 0; i < recipe->head.step_count; i++) {

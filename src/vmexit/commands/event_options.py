@@ -239,10 +239,12 @@ class _Parser:
 
 
 def fit(session: Session, options: EventOptions) -> tuple[int, ...]:
-    """Makes the stage, where none was named, the only one that a target has that merely looks on.
+    """Makes the stage, where none was named, the only one that a target has that merely looks on; and what is to be recorded.
 
     Gives the MSRs that are left out there besides, where none is named. An event that names no process is about the attached one.
     """
+    if session.records and options.action == Action.BREAK and "code" not in options.machine_code:
+        options.log = True
     if options.process is None and not options.all_processes:
         options.process = session.debugger.attached
     looks = session.debugger.target.only_looks

@@ -75,6 +75,8 @@ class _MsrCommand(Command):
         instruction = (self._ACCESS.name or "").lower()
         left_out = event.msrs.left_out
         verb = _coded_verb(options) if options.machine_code else _VERBS.get(event.action, "breaks at")
+        if session.records:
+            verb = verb.replace("prints", "records")
         msrs = "every MSR" if left_out else msr_sets.describe(event.msrs)
         text = f"event {event.number:x} {verb} each {instruction} of {msrs}"
         text += f" ({event_options.description(options)})"

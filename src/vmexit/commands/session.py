@@ -65,6 +65,8 @@ class Session:
     """Where programs send HyperDbg's structures to."""
     sdk_requests: Requests | None = None
     """What becomes of them."""
+    records: bool = False
+    """Traps go into a file (vmexit record): an event that has nothing else to do records, where it would break."""
     told_untrappable: bool = False
     """The user knows which MSRs never trap here."""
 

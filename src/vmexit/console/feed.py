@@ -40,7 +40,8 @@ class Feed:
     too and what is still to be shown stays bounded. Its methods, but for ``hurry``, are called by one thread at a time.
     """
 
-    def __init__(self, session: Session, screen: Screen, output: GuestOutput) -> None:
+    def __init__(self, session: Session, screen: Screen, output: GuestOutput, *, shows_records: bool = True) -> None:
+        """``shows_records``: else somebody else deals with them, and with those that are lost."""
         self._session = session
         self._debugger = session.debugger
         self._screen = screen
@@ -63,7 +64,9 @@ class Feed:
         self._guest_passed_over = 0
         self._lost_told = 0
         self._lost_when = 0.0
-        self._debugger.record_listeners.append(self._items.append)
+        self._shows_records = shows_records
+        if shows_records:
+            self._debugger.record_listeners.append(self._items.append)
         self._debugger.print_listeners.append(self._items.append)
         self._debugger.on_stop = self._items.append
         self._debugger.on_notice = self._items.append
@@ -246,7 +249,7 @@ class Feed:
 
     def _tell_losses(self, stopped: bool) -> None:
         """As soon as there are any, and then not too often."""
-        lost = self._debugger.dropped()
+        lost = self._debugger.dropped() if self._shows_records else 0
         if lost == self._lost_told or not (stopped or time.monotonic() - self._lost_when >= _LOSS_S):
             return
         self._lost_told, self._lost_when = lost, time.monotonic()

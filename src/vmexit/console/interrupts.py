@@ -29,6 +29,9 @@ class Interrupts:
         """Whether the first one is noted."""
         self.noted = False
         """Whether there was one."""
+        self.ends_are_noted = False
+        """Whether the first SIGTERM or SIGHUP is noted in the same way, to be raised later (``raise_noted_end``)."""
+        self._noted_end: int | None = None
         self.on_noted: Callable[[], None] = lambda: None
         """Called at once, in the middle of anything: it may just set something."""
 
@@ -40,7 +43,16 @@ class Interrupts:
             raise KeyboardInterrupt
 
     def _on_termination(self, number: int, frame: FrameType | None) -> None:
-        raise TerminatedError(number)
+        if not self.ends_are_noted or self.noted:
+            raise TerminatedError(number)
+        self.noted = True
+        self._noted_end = number
+        self.on_noted()
+
+    def raise_noted_end(self) -> None:
+        """Raises TerminatedError where a SIGTERM or SIGHUP was noted."""
+        if self._noted_end is not None:
+            raise TerminatedError(self._noted_end)
 
     @contextlib.contextmanager
     def handled(self) -> Iterator[None]:

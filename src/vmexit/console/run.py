@@ -16,11 +16,12 @@ from vmexit.commands.session import Session
 from vmexit.console.feed import Feed
 from vmexit.console.guest_output import GuestOutput
 from vmexit.console.interrupts import InterruptedCommandsError, Interrupts
+from vmexit.console.record import EVERYTHING, RecordTo, Tape
 from vmexit.console.render import error_text, exit_text
 from vmexit.console.screen import Screen
 from vmexit.console.tokens import commands_of
 from vmexit.debugger import Debugger, State, StopReason
-from vmexit.errors import CommandError, VmexitError
+from vmexit.errors import CommandError, TargetError, VmexitError
 from vmexit.guest.system import Help
 from vmexit.targets.attach import Attached
 from vmexit.targets.base import Target
@@ -72,6 +73,13 @@ class Options:
     """A VMM that runs already; then there are no arguments."""
     watch: bool = False
     """That VMM is only looked at, through the kernel's tracepoints; without a ``pid`` the live host is."""
+    record: RecordTo | None = None
+    """Traps go into a file; nobody types anything then (``batch``)."""
+
+    @property
+    def kind(self) -> str:
+        """Which of run, attach, watch and host it is."""
+        return ("host" if self.pid is None else "watch") if self.watch else "run" if self.pid is None else "attach"
 
     def target(self, output: OutputTo, stdin: int | None) -> Target:
         """The machine. Raises UsageError and TargetError, with the reason, where there is none to be had."""
@@ -94,7 +102,10 @@ def run(options: Options) -> int:
     has_person = not options.batch and os.isatty(0)
     has_prompt = has_person and os.isatty(1) and os.environ.get("TERM", "dumb") != "dumb"
     interrupts = Interrupts()
-    with interrupts.handled():
+    with interrupts.handled(), contextlib.ExitStack() as held:
+        tape = Tape(options.record) if options.record else None
+        if tape is not None:
+            held.callback(tape.close)
         screen = _prompt_screen() if has_prompt else Screen()
         # Nobody else reads a pipe in batch mode, so the guest may have it.
         stdin = None if options.batch and not os.isatty(0) else subprocess.DEVNULL
@@ -107,7 +118,9 @@ def run(options: Options) -> int:
             raise
         with Debugger(target) as debugger:
             try:
-                return _Run(options, target, debugger, screen, output, interrupts, has_person, has_prompt).run()
+                if tape is not None:
+                    tape.watch(debugger, target=options.kind, arguments=tuple(options.arguments))
+                return _Run(options, target, debugger, screen, output, interrupts, has_person, has_prompt, tape).run()
             finally:
                 output.release()
 
@@ -132,7 +145,9 @@ class _Run:
         interrupts: Interrupts,
         has_person: bool,
         has_prompt: bool,
+        tape: Tape | None = None,
     ) -> None:
+        self._tape = tape
         self._options = options
         self._target = target
         self._debugger = debugger
@@ -144,11 +159,14 @@ class _Run:
         self._session.guest.given = options.given
         if not options.recognises:
             debugger.recognition.enabled = False
+        self._session.records = tape is not None
         self._output = output
-        self._feed = Feed(self._session, screen, output)
+        self._feed = Feed(self._session, screen, output, shows_records=tape is None)
         self._leaving = False
+        self._was_interrupted = False
         interrupts.on_noted = self._feed.hurry
-        interrupts.are_noted = has_person
+        interrupts.are_noted = has_person or tape is not None
+        interrupts.ends_are_noted = tape is not None
 
     # ---- driving ----
 
@@ -202,10 +220,13 @@ class _Run:
                 self._feed.flush()
             if not self._carry_out_given():
                 return 1
+            if self._tape is not None:
+                self._start_recording()
             if (self._options.commands or self._options.batch) and not self._leaving and not self._target.wants_halted:
                 self._start()
         except InterruptedCommandsError:
             self._screen.error("interrupted: the commands that were still to come are left out")
+            self._leaving = self._was_interrupted = self._tape is not None
         if not self._leaving and self._debugger.state is not State.ENDED:
             if self._options.batch:
                 self._go_to_the_end()
@@ -214,6 +235,15 @@ class _Run:
             else:
                 self._read()
         return self._end()
+
+    def _start_recording(self) -> None:
+        """Every write is wanted where nothing else is; says how it is ended."""
+        assert self._tape is not None
+        if not len(self._debugger.events) and not self._leaving:
+            registry.execute(self._session, EVERYTHING)
+        self._tape.begin()
+        if os.isatty(2):
+            self._screen.error("recording; Ctrl-C ends it")
 
     def _start(self) -> None:
         if self._debugger.started_ns is None:
@@ -240,12 +270,22 @@ class _Run:
             self._screen.error("the machine is halted, as -S asks for; it runs once another monitor continues it")
         while debugger.state is not State.ENDED:
             self._feed.work(_POLL_S)
+            if self._tape is not None and (self._interrupts.noted or self._tape.is_over):
+                self._take_the_rest()
+                return
             # Where two vCPUs have stopped at once, the first ``go`` only brings the second stop.
             while (stop := debugger.stop) is not None and stop.reason is StopReason.BREAK:
                 debugger.go()
                 self._feed.flush()
             if stop is not None and stop.reason is StopReason.SHUTDOWN:
                 return
+
+    def _take_the_rest(self) -> None:
+        """Nothing that has happened up to now is to be missing: the machine is halted, and all records are taken."""
+        self._leaving, self._was_interrupted = True, self._interrupts.noted
+        with contextlib.suppress(TargetError):  # it does not halt: what is there is there
+            self._debugger.wait_until_halted()
+        self._feed.flush()
 
     def _type(self) -> None:
         """A person types at the prompt."""
@@ -313,11 +353,23 @@ class _Run:
         self._output.release()
         self._debugger.close()
         self._feed.flush()
+        if self._tape is not None:
+            self._screen.error(self._tape.end(self._why(), self._target.exit_status if has_ended else None))
+            self._interrupts.raise_noted_end()
         if not has_ended and not (has_shut_down and not self._leaving):
             return 0
         status = self._target.exit_status
         self._screen.error(exit_text(status, self._target.vmm))
         return 0 if status is None else status if status >= 0 else 128 - status
+
+    def _why(self) -> str:
+        """Why a recording ends."""
+        stop = self._debugger.stop
+        if stop is not None and stop.reason is StopReason.ENDED:
+            return "the machine ended"
+        if stop is not None and stop.reason is StopReason.SHUTDOWN and not self._leaving:
+            return "the guest shut down"
+        return "interrupted" if self._was_interrupted else "the recording was ended"
 
 
 class _Lines:

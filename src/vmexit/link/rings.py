@@ -22,7 +22,11 @@ _OPAQUE = np.dtype((np.void, wire.size("record")))
 
 def joined(parts: Sequence[Records]) -> Records:
     """One array of all these records, in this order (np.concatenate would drop the gaps between their fields)."""
-    return parts[0] if len(parts) == 1 else np.concatenate([part.view(_OPAQUE) for part in parts]).view(wire.RECORD)
+    if len(parts) == 1:
+        return parts[0]
+    dtype = parts[0].dtype
+    opaque = np.dtype((np.void, dtype.itemsize))
+    return np.concatenate([part.view(opaque) for part in parts]).view(dtype)
 
 
 # Of a record: the MSR and the event in one number, and vCPU, access, stage, action, flags and length in another.

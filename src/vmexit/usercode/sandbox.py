@@ -125,7 +125,7 @@ class Sandbox:
         emulator = self._emulator
         self._guest, self._why, self._place = guest, None, None
         self._deadline = time.monotonic() + self.limits.seconds
-        _GENERAL.pack_into(self._registers.map, 0, *registers)
+        before = self._registers.map[: _GENERAL.size] = _GENERAL.pack(*registers)
         _U64.pack_into(self._stack.map, _TOP, _STUB + _LEAVE_AT)
         _FRAME_WORDS.pack_into(self._frame.map, 0, context, 0, 0)
         if self._fetched:
@@ -144,7 +144,8 @@ class Sandbox:
             raise
         finally:
             self._guest = None
-        return Result(rax, _GENERAL.unpack_from(self._registers.map))
+        after = self._registers.map[: _GENERAL.size]
+        return Result(rax, tuple(registers) if after == before else _GENERAL.unpack(after))
 
     def _emulate(self, emulator: Any) -> int:
         """What is in RAX at the end."""

@@ -144,6 +144,9 @@ def test_the_recipe_is_plain_data() -> None:
             Step("teb", "task", 0xF0, 8),
             Step("peb", "leader", 0x550, 8),
         ),
+        guest.root,
+        4,
+        0x6000,
     )
     found = follow(recipe, guest.kpcrs[0], guest.read)
     assert found is not None and (found["pid"], found["tid"], found["comm"]) == (0x1234, 0x123C, b"a-long-program\0")
@@ -210,11 +213,8 @@ def test_a_list_that_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda guest: guest.u64(guest.processes[4] + LINKS, guest.address(PROCESS_HEAD)),
         lambda guest: guest.u64(guest.processes[4] + LINKS + 8, 0x1000),
         lambda guest: guest.u64(guest.processes[4] + 0x28, 0x1000),
-        lambda guest: guest.u64(guest.threads[0x123C] + CID, 4),
-        lambda guest: guest.u64(guest.threads[0x123C] + OWNER, 0),
-        lambda guest: guest.u64(guest.threads[0x123C] + CID + 8, 1 << 40),
     ],
-    ids=["number", "name", "list", "list backwards", "page tables", "owner's number", "owner", "thread's number"],
+    ids=["number", "name", "list", "list backwards", "page tables"],
 )
 def test_what_does_not_fit_is_not_believed(spoil: object) -> None:
     guest = FakeWindows()
@@ -222,6 +222,42 @@ def test_what_does_not_fit_is_not_believed(spoil: object) -> None:
     spoil(guest)
     windows = attach(guest)
     assert current(guest, windows) is None and current(guest, windows, 1) is None
+
+
+@pytest.mark.parametrize(
+    ("spoil", "is_known"),
+    [
+        (lambda guest: None, True),
+        (lambda guest: guest.u64(guest.threads[0x123C] + CID, 4), False),
+        (lambda guest: guest.u64(guest.threads[0x123C] + OWNER, 0), False),
+        (lambda guest: guest.u64(guest.threads[0x123C] + CID + 8, 1 << 40), False),
+        (lambda guest: guest.switch(0, 0), False),
+    ],
+    ids=["nothing", "owner's number", "owner", "thread's number", "all idle"],
+)
+@pytest.mark.parametrize("head", [0, 0x1000, "itself"])
+def test_without_systems_threads_those_that_run_have_to_fit(spoil: object, is_known: bool, head: int | str) -> None:
+    guest = FakeWindows()
+    own = guest.processes[4] + 0x30
+    guest.u64(own, own if head == "itself" else int(head))
+    assert callable(spoil)
+    spoil(guest)
+    windows = attach(guest)
+    assert (current(guest, windows) is not None) is is_known
+    if is_known:
+        process = windows.tasks.find(0x1234)
+        assert process is not None
+        found = windows.tasks.threads(process)
+        assert (found.tasks, found.broken) == ((), "it is not known where this build keeps it")
+
+
+def test_an_idle_thread_without_numbers() -> None:
+    """It may be less than an ETHREAD, with anything behind it; the others are known all the same."""
+    guest = FakeWindows()
+    guest.u64(guest.threads[-1] + CID, 0x1234_5678_9ABC)
+    guest.u64(guest.threads[-1] + CID + 8, 0x1234_5678_9ABC)
+    windows = attach(guest)
+    assert current(guest, windows) is not None and current(guest, windows, 1) is None
 
 
 def test_names_that_would_harm_a_terminal() -> None:

@@ -155,3 +155,28 @@ def test_stacks_that_lie_end() -> None:
     assert len(list(look(guest).stacks.frames(guest.registers(0)))) == 1
     guest.enter_program(0)
     assert len(list(look(guest).stacks.frames(guest.registers(0)))) == 1
+
+
+def test_names_while_the_machine_runs() -> None:
+    """What was seen at the last stop is told without a look at the machine."""
+    guest = FakeWindows()
+    windows = attach(guest)
+    windows.look_at_modules()
+    seen = windows.seen_modules
+    close = guest.address(guest.exports["NtClose"])
+    guest.pages.clear()
+    windows.forget()
+    assert windows.seen_modules is seen and [module.name for module in seen] == ["NDIS", "my_filter"]
+    assert str(windows.known_name(guest.base + WRITER + 2)) == "KeWriteMsr+0x2 [nt]"
+    assert str(windows.known_name(DRIVER + 0x1010)) == "NdisSend [NDIS]"
+    assert windows.known_name(0x1000) is None
+    assert windows.known_address("nt!NtClose") == close and windows.known_address("ndis!NdisSend") == DRIVER + 0x1010
+    assert not windows.is_still_there() and windows.modules == []
+
+
+def test_the_same_kernel_and_its_entry() -> None:
+    guest = FakeWindows()
+    windows = attach(guest)
+    assert windows.is_same(attach(FakeWindows())) and not windows.is_same(attach(FakeWindows(base=guest.base + 0x20_0000)))
+    assert not windows.is_same(None)
+    assert windows.is_entered_at(guest.address(LEAF)) and not windows.is_entered_at(guest.address(DATA))

@@ -9,7 +9,7 @@ from functools import cached_property
 
 import numpy as np
 
-from vmexit.errors import VmexitError
+from vmexit.errors import NotKnownError
 from vmexit.guest.linux.btf import Btf, BtfError, Kind
 from vmexit.guest.linux.image import LINKED_AT, Image
 from vmexit.guest.linux.kallsyms import read_symbols
@@ -43,7 +43,7 @@ _WANTED: Mapping[str, tuple[str, ...]] = {
 _SIZES = ("task_struct", "module")
 
 
-class ProfileError(VmexitError):
+class ProfileError(NotKnownError):
     """A kernel of which too little can be found out."""
 
 

@@ -21,6 +21,8 @@ from vmexit.guest.windows.locate import KPCR_SELF, KPRCB
 NAME_LENGTH = 15
 """Of EPROCESS.ImageFileName."""
 SYSTEM_PID = 4
+STACK_BYTES = 0x6000
+"""Of a thread's kernel stack; those of threads with windows are longer, and only their lower part is told to be theirs."""
 _MOST_PROCESSES = 1 << 16
 _MOST_THREADS = 1 << 16
 _LONGEST_PATH = 4096
@@ -85,7 +87,8 @@ class Tasks:
     @property
     def recipe(self) -> Recipe:
         """The way to a vCPU's thread. Raises VmexitError."""
-        return make_recipe(self._get_known())
+        known = self._get_known()
+        return make_recipe(known, self._memory)
 
     def current(self, core: int, registers: Mapping[str, int]) -> Task | None:
         """The thread that a vCPU executes; None: not known. Raises VmexitError."""
@@ -273,7 +276,7 @@ class Tasks:
             return None
 
 
-def make_recipe(known: Known) -> Recipe:
+def make_recipe(known: Known, memory: VirtualMemory) -> Recipe:
     """The way from a KPCR to the thread that its CPU executes."""
     offsets = known.offsets
     steps = [
@@ -290,7 +293,7 @@ def make_recipe(known: Known) -> Recipe:
     for result, source, member in (("teb", "task", layout.TEB), ("peb", "leader", layout.PEB)):
         if member in offsets:
             steps.append(Step(result, source, offsets[member], 8))
-    return Recipe(known.bases, tuple(steps))
+    return Recipe(known.bases, tuple(steps), memory.root & paging.ADDRESS, memory.levels, STACK_BYTES)
 
 
 def read_unicode_string(memory: VirtualMemory, address: int, most: int) -> str:

@@ -53,6 +53,10 @@ class Windows:
         self._modules_hold = False
         self._module_bases: list[int] = []
         self._module_symbols: dict[Module, Symbols] = {}
+        # As RVAs; a PDB's hold the exports, too.
+        self._symbols = profile.symbols if profile else symbols_of(self.image)
+        # Both are read now, while the machine stands: names are asked for while it runs, too.
+        self._functions = self.image.functions
 
     def forget(self) -> None:
         """The machine has run, or somebody has changed its memory."""
@@ -121,11 +125,6 @@ class Windows:
 
     # ---- symbols ----
 
-    @cached_property
-    def _symbols(self) -> Symbols:
-        """As RVAs; a PDB's hold the exports, too."""
-        return self.profile.symbols if self.profile else symbols_of(self.image)
-
     @property
     def symbol_count(self) -> int:
         """How many symbols of the kernel's own are known."""
@@ -172,14 +171,16 @@ class Windows:
         place = self._places.get(address)
         if place is not None:
             return place
-        if not 0 <= address - self.image.base < self.image.size:
+        rva = address - self.image.base
+        if not 0 <= rva < self.image.size:
             return self._in_module(address)
-        return self._in_kernel(address)
+        return self._in_kernel(rva)
 
     def known_name(self, address: int) -> Place | None:
         """The same without looking at the machine, which may run: a driver's where it was among those last seen."""
-        if 0 <= address - self.image.base < self.image.size:
-            return self._places.get(address) or self._in_kernel(address)
+        rva = address - self.image.base
+        if 0 <= rva < self.image.size:
+            return self._places.get(address) or self._in_kernel(rva)
         module = self._module_of(self._modules, address)
         return self._place(module, self._module_symbols.get(module), address) if module else None
 
@@ -193,14 +194,13 @@ class Windows:
         for module in self.modules:
             self.module_symbols(module)
 
-    def _in_kernel(self, address: int) -> Place:
-        rva = address - self.image.base
+    def _in_kernel(self, rva: int) -> Place:
         found = self._symbols.at(rva)
         if found is None or not self._is_one_function(rva - found[1], rva):
             found = (NT, rva)
         if len(self._places) >= _MOST_PLACES:
             self._places.clear()
-        place = self._places[address] = Place(*found, NT)
+        place = self._places[rva + self.image.base] = Place(*found, NT)
         return place
 
     def _is_one_function(self, symbol: int, rva: int) -> bool:
@@ -211,7 +211,7 @@ class Windows:
         if function is not None:
             return symbol >= function[0]
         # A leaf function is not in the table; one that is may lie between.
-        between = self.image.functions[:, 0]
+        between = self._functions[:, 0]
         return not bool(((between > symbol) & (between <= rva)).any())
 
     def _in_module(self, address: int) -> Place | None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
-from vmexit.errors import VmexitError
+from vmexit.errors import NotKnownError
 from vmexit.guest import paging
 from vmexit.guest.linux.recipe import follow, is_kernel_pointer
 from vmexit.guest.memory import UnreadableError, VirtualMemory
@@ -17,7 +18,7 @@ from vmexit.guest.windows.processes import SYSTEM_PID, Known, Task, Tasks, make_
 _MOST_THREAD_OFFSET = 0x1000
 
 
-class ProcessesUnknownError(VmexitError):
+class ProcessesUnknownError(NotKnownError):
     """Nothing is known of processes; the text says why, and what helps."""
 
 
@@ -94,7 +95,7 @@ def _with_threads(memory: VirtualMemory, known: Known) -> Offsets:
     except UnreadableError:
         return _without(offsets, layout.THREAD_LINKS)
     tried = offsets.get(layout.THREAD_LINKS)
-    places = range(0, _MOST_THREAD_OFFSET, 8) if tried is None else (tried,)
+    places = chain([] if tried is None else [tried], range(0, _MOST_THREAD_OFFSET, 8))
     for place in places if first != head and is_kernel_pointer(first) else ():
         if _is_thread_of(memory, tasks, known, first - place):
             return {**offsets, layout.THREAD_LINKS: place}
@@ -118,18 +119,22 @@ def _owner_is(memory: VirtualMemory, known: Known, task: Task) -> bool:
 
 
 def _has_threads(memory: VirtualMemory, known: Known) -> bool:
-    """Whether threads are what they have to be: those that the CPUs execute, or, where no KPCR is known, one of System's."""
+    """Whether threads are what they have to be: one of System's, or where its list is not known those that the CPUs execute."""
+    if layout.THREAD_LINKS in known.offsets:
+        return True
     tasks = _tasks(memory, known)
-    if not known.bases:
-        return layout.THREAD_LINKS in known.offsets
-    recipe = make_recipe(known)
+    recipe = make_recipe(known, memory)
+    seen = False
     for base in known.bases:
         found = follow(recipe, base, memory.read)
         thread = found.get("task") if found else None
         task = tasks.read_thread(thread) if isinstance(thread, int) else None
-        if task is None or not _owner_is(memory, known, task):
-            return False
-    return True
+        # An idle thread tells nothing: all that there is to compare is 0.
+        if task is not None and task.pid:
+            if not _owner_is(memory, known, task):
+                return False
+            seen = True
+    return seen
 
 
 def _without(offsets: Offsets, member: str) -> Offsets:

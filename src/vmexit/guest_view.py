@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
-from vmexit.errors import NotKnownError
+from vmexit.errors import NotKnownError, VmexitError
 from vmexit.guest.linux.cache import Cache
 from vmexit.guest.linux.recipe import is_kernel_pointer
 from vmexit.guest.linux.running import Linux

@@ -60,8 +60,8 @@ class Symbols:
     def __init__(self, addresses: npt.NDArray[np.uint64], names: Sequence[str], kinds: str) -> None:
         """``addresses`` rise; ``names`` and ``kinds`` belong to them."""
         self._array = addresses
-        # Such an array answers in a tenth of the time that numpy's takes for one address, and takes a sixth of a list's memory: an
-        # address that is new is not in the processor's cache.
+        # Such an array answers in a tenth of the time that numpy's takes for one address, and takes a sixth of a list's memory:
+        # an address that is new is not in the processor's cache.
         self._addresses = array("Q", addresses.tobytes())
         self._names = names
         self._kinds = kinds

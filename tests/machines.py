@@ -6,7 +6,7 @@ import hashlib
 import os
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from tests.guests.build import build, qemu_arguments
 from vmexit import Debugger, Trap
 from vmexit.link.wire import Access
 from vmexit.setup.initramfs import PRELUDE, READ_MSR, build_initramfs
-from vmexit.setup.kernel import find_kernel
+from vmexit.setup.kernel import Kernel, cached_kernel, find_kernel, newer_folder
 from vmexit.targets.qemu import Qemu
 
 from .guests import expected
@@ -73,15 +73,22 @@ def guest(
         yield debugger, image, output
 
 
-def linux_arguments(commands: str, *, command_line: str = "", vcpus: int = 2) -> list[str]:
-    """QEMU's arguments for Debian's kernel with an init that runs these shell commands and switches off.
+def linux_arguments(
+    commands: str,
+    *,
+    command_line: str = "",
+    vcpus: int = 2,
+    kernel: Kernel | None = None,
+    files: Mapping[str, bytes | Path] | None = None,
+) -> list[str]:
+    """QEMU's arguments for a kernel (by default Debian's) with an init that runs these shell commands and switches off.
 
-    ``read_msr CPU MSR`` and ``write_msr CPU MSR VALUE`` are among its commands (setup.initramfs). It prints on the first
-    serial port.
+    ``read_msr CPU MSR`` and ``write_msr CPU MSR VALUE`` are among its commands (setup.initramfs), and ``files`` among its files.
+    It prints on the first serial port.
     """
-    kernel = find_kernel()
+    kernel = kernel or find_kernel()
     modules = sorted(kernel.modules.glob("*.ko")) if kernel.modules else []
-    initramfs = build_initramfs(f"{PRELUDE}{READ_MSR}{commands}\npoweroff -f\n", modules=modules)
+    initramfs = build_initramfs(f"{PRELUDE}{READ_MSR}{commands}\npoweroff -f\n", files, modules=modules)
     path = Path(tempfile.gettempdir(), f"vmexit-test-{hashlib.sha256(initramfs).hexdigest()[:16]}.cpio")
     if not path.exists():
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
@@ -92,6 +99,14 @@ def linux_arguments(commands: str, *, command_line: str = "", vcpus: int = 2) ->
         *("-serial", "stdio", "-kernel", str(kernel.image), "-initrd", str(path)),
         *("-append", f"console=ttyS0 quiet panic=-1 tsc=reliable cryptomgr.notests msr.allow_writes=on {command_line}".strip()),
     ]
+
+
+def newer_kernel() -> Kernel:
+    """The kernel of Debian's backports; skips the test where it has not been fetched."""
+    kernel = cached_kernel(newer_folder())
+    if kernel is None:
+        pytest.skip("no newer kernel here; 'python -m vmexit.setup.kernel --newer' fetches one where APT has Debian's backports")
+    return kernel
 
 
 @contextmanager

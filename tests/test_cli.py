@@ -148,6 +148,16 @@ def test_what_stands_behind_the_dashes_is_qemus(monkeypatch: pytest.MonkeyPatch)
     assert told(monkeypatch, "--").arguments == []
 
 
+def test_what_helps_to_recognise_the_guest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    image, system_map = tmp_path / "image", tmp_path / "map"
+    for path in (image, system_map):
+        path.touch()
+    options = told(monkeypatch, "--vmlinux", str(image), "--system-map", str(system_map), "--")
+    assert (options.given.image, options.given.system_map, options.recognises) == (image, system_map, True)
+    options = told(monkeypatch, "--kernel-image", str(image), "--no-recognition", "--")
+    assert (options.given.image, options.given.system_map, options.recognises) == (image, None, False)
+
+
 def test_which_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told(monkeypatch, "--").accelerator == "tcg"
     assert told(monkeypatch, "--accel", "kvm", "--", "-m", "1").accelerator == "kvm"

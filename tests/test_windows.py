@@ -100,7 +100,7 @@ def test_at_the_prompt(tmp_path: Path) -> None:
     with booted(tmp_path, windows) as (debugger, _):
         shown: list[str] = []
         session = Session(debugger, shown.append, FakeDriver(debugger))
-        session.guest = GuestView(debugger, cache=Cache(tmp_path / "linux"))
+        session.debugger.guest = GuestView(debugger, cache=Cache(tmp_path / "linux"))
 
         def types(line: str) -> str:
             shown.clear()

@@ -190,7 +190,7 @@ def _run(parsed: argparse.Namespace, **options: Any) -> int:
     batch = parsed.action == "record" or parsed.batch
     try:
         given = Help(parsed.image, parsed.system_map, parsed.pdb)
-        return run(Options(commands=commands, batch=batch, given=given, **options))
+        return run(Options(commands=commands, batch=batch, given=given, recognises=not parsed.no_recognition, **options))
     except OutputGoneError as gone:
         if isinstance(gone.error, BrokenPipeError):
             return _broken_pipe()

@@ -196,6 +196,7 @@ def _add_session_options(parser: argparse.ArgumentParser, recording: bool) -> No
     kernel.add_argument("--vmlinux", dest="image", metavar="FILE", type=Path, help="the same, unpacked")
     parser.add_argument("--system-map", metavar="FILE", type=Path, help="its System.map; none of them is needed as a rule")
     parser.add_argument("--pdb", metavar="FILE", type=Path, help="of a Windows guest's kernel: ntkrnlmp.pdb")
+    parser.add_argument("--no-recognition", action="store_true", help="do not find out by itself which system the guest is")
 
 
 def _seconds(text: str) -> float:

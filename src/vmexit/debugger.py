@@ -20,15 +20,18 @@ from vmexit.events.event import Callback, Event
 from vmexit.events.table import EventTable
 from vmexit.guest.disassembly import Mode, mode_of
 from vmexit.guest.linux.recipe import Recipe
+from vmexit.guest_view import GuestView
 from vmexit.hooks import HookOptions, Msr, make_event
 from vmexit.link.client import RequestError
 from vmexit.link.rings import Records, are_alike
 from vmexit.link.wire import Access, Action, Status
+from vmexit.names import Names
 from vmexit.outputs import Outputs
 from vmexit.outputs.kinds import Machine
 from vmexit.prints import Printed, printed
 from vmexit.processes import ThreadNames
 from vmexit.program import Program, check
+from vmexit.recognition import OWN, Recognition
 from vmexit.recording import Summary
 from vmexit.script.compile import CompiledScript, Compiler
 from vmexit.script.runtime import DEFAULT_STACK, DEFAULT_STEPS, Runtime, check_limits
@@ -132,7 +135,11 @@ class Debugger:
         """Where results go besides: files, sockets, modules ... An event names those that are its own."""
         self.at_close: list[Callable[[], None]] = []
         """Called once, before the debugger lets go of the machine; not under its lock."""
-        self.compiler = Compiler()
+        self.guest = GuestView(self)
+        """What is known of the system that runs in the guest."""
+        self.names = Names(self)
+        self.recognition = Recognition(self)
+        self.compiler = Compiler(lambda name: self.guest.symbol(name))
         """Of the session's scripts, which share their global variables."""
         self.script_steps = DEFAULT_STEPS
         self.script_stack = DEFAULT_STACK
@@ -150,6 +157,7 @@ class Debugger:
         self._columns: Columns | None = None
         self._rings = target.link.rings
         self._program = Program(target.link, self.events)
+        self._own_asked = 0
         self._breaks: deque[Trap] = deque()
         self._shut_down = False
         self._halting = False
@@ -352,9 +360,26 @@ class Debugger:
         with self.lock:
             self._program.sync()
 
+    def set_own_event(self, event: Event | None) -> None:
+        """The event by which the debugger itself asks (recognition); None: it does not."""
+        with self.lock:
+            if self._program.own is not event:
+                self._program.own = event
+                self._push()
+
     def _push(self) -> None:
         if self.state != State.ENDED:
             self._program.push()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the machine runs."""
+        return self.state == State.RUNNING
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether there is a machine."""
+        return self.state != State.ENDED
 
     def _check_alive(self) -> None:
         if self.state == State.ENDED:
@@ -388,6 +413,7 @@ class Debugger:
         with self.lock:
             self._check_alive()
             self.target.link.write_memory(core, address, data, physical=physical)
+            self.guest.forget()
 
     def read_msr(self, msr: int | str, core: int | None = None) -> int:
         """What RDMSR would give on that vCPU of a halted machine. Raises MsrError where it would fault, or nothing is known."""
@@ -445,6 +471,7 @@ class Debugger:
                     return
             if self._shut_down:
                 raise TargetError("the guest has shut down; all that is left is to end it (.exit)")
+            self.recognition.watch()
             self._note_start()
             self._halting = False
             self.state = State.RUNNING
@@ -620,6 +647,27 @@ class Debugger:
     # ---- records ----
 
     def _take(self, records: Records) -> int:
+        if self._program.own is None and not self._own_asked:
+            return self._take_theirs(records)
+        actions = 0
+        for part in self._between_own(records):
+            actions |= self._take_theirs(part)
+        return actions
+
+    def _between_own(self, records: Records) -> Iterator[Records]:
+        """Answers the debugger's own questions, which nobody else sees nor counts; gives what comes between them."""
+        start = 0
+        for place in (*np.flatnonzero(records["event"] == OWN).tolist(), len(records)):
+            if place > start:
+                part = records[start:place]
+                if self._own_asked:
+                    part["sequence"] -= np.uint64(self._own_asked)
+                yield part
+            if place < len(records):
+                self._ask_itself(records[place])
+            start = place + 1
+
+    def _take_theirs(self, records: Records) -> int:
         # A question mostly comes alone, and for one record numpy is slow.
         alike = len(records) == 1 or are_alike(records)
         actions = int(records["action"][0] if alike else np.bitwise_or.reduce(records["action"]))
@@ -648,6 +696,17 @@ class Debugger:
         self._tell_printed(texts)
         rest: Records = records[~(mine & ((actions & (_TEXT | _RECORD)) != 0))]
         return rest
+
+    def _ask_itself(self, record: np.void) -> None:
+        core, sequence, value = (int(record[name]) for name in ("vcpu", "sequence", "value"))
+        try:
+            with self._keeping_errors():
+                self.recognition.at_lstar(core, value)
+        finally:
+            self.guest.after_trap()
+            self._rings.answer(core, sequence, self._rings.question_registers(core), 0, False)
+            self._answered = True
+        self._own_asked += 1
 
     def _take_action(self, records: Records, action: int, *, alike: bool) -> None:
         """Deals with records of one action; ``alike``: they are known to be (are_alike)."""
@@ -713,18 +772,20 @@ class Debugger:
 
     def _ask(self, trap: Trap) -> None:
         values = self._rings.question_registers(trap.core)
-        live = LiveTrap(trap, values.copy(), self)
+        live = LiveTrap(trap, values.copy(), self, self.guest)
         event = self.events.get(trap.event)
         changed, skip, halt, script, again = 0, trap.skipped, False, False, False
         # After an exception the rest of the batch is answered without asking: the vCPUs wait.
         if event is not None and event.callback is not None and self._error is None:
+            self.guest.at_trap(trap.core)
             try:
                 event.callback(live)
                 changed, skip, halt, values = live.changed, live.short_circuit, live.halting, live.values
                 script, again = live.runs_script, live.asks_again
             except BaseException as error:
                 self._error, halt = error, True
-        self._rings.answer(trap.core, trap.sequence, values, changed, skip, halt, script, again)
+            self.guest.after_trap()
+        self._rings.answer(trap.core, trap.sequence + self._own_asked, values, changed, skip, halt, script, again)
         self._answered = True
 
     # ---- stops ----
@@ -742,6 +803,10 @@ class Debugger:
             self._notify(notice)
         else:
             self._breaks.clear()
+            if notice.kind == NoticeKind.RESET:
+                with contextlib.suppress(LinkError):  # it has ended, which comes out elsewhere
+                    self.guest.reset()
+                self.recognition.reset()
             self._notify(notice)
 
     def _notify(self, notice: Notice) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple
 
-from vmexit.errors import NotKnownError
+from vmexit.errors import NotKnownError, VmexitError
 from vmexit.guest.linux.cache import Cache
 from vmexit.guest.linux.recipe import is_kernel_pointer
 from vmexit.guest.linux.running import Linux
@@ -17,6 +18,7 @@ from vmexit.guest.symbols import Place
 from vmexit.guest.system import Frame, Help, NotRecognisedError, Recognised, System, Task
 from vmexit.link.client import RequestError
 from vmexit.link.wire import Status
+from vmexit.script.errors import UnknownGuestError
 
 if TYPE_CHECKING:
     from vmexit.debugger import Debugger
@@ -49,6 +51,19 @@ class DebuggedMachine:
             if error.status != Status.UNREADABLE:
                 raise
             raise UnreadableError(address) from None
+
+
+class Caller(NamedTuple):
+    """Where a function returns to."""
+
+    address: int
+    place: Place | None
+    """Its name."""
+    is_guess: bool
+    """It only looks as if it were: the word on the stack may be left from a call long ago."""
+
+    def __str__(self) -> str:
+        return f"{'? ' * self.is_guess}{self.place or f'{self.address:016x}'}"
 
 
 class GuestView:
@@ -88,7 +103,9 @@ class GuestView:
         if self._found is not None:
             with contextlib.suppress(NotKnownError):
                 recipe = self._found.system.recipe
-        self._debugger.set_recipe(recipe)
+        # An agent that does not take it does without; everything else is known all the same.
+        with contextlib.suppress(RequestError):
+            self._debugger.set_recipe(recipe)
 
     def forget(self) -> None:
         """Memory has changed: nothing of it that was read before counts any more."""
@@ -97,10 +114,13 @@ class GuestView:
             self._found.system.forget()
 
     def at_trap(self, core: int) -> None:
-        """A callback is about to ask, while its vCPU waits and the others run: what was read before counts no more."""
-        self.forget()
+        """A callback may be about to ask, while its vCPU waits and the others run: what was read before counts no more."""
         self._callback = object()
         self._machine.reader = core
+
+    def after_trap(self) -> None:
+        """The callback has returned, and its vCPU goes on."""
+        self._callback = None
 
     @property
     def _now(self) -> object:
@@ -117,7 +137,7 @@ class GuestView:
 
         ``lstar``: what the guest has just given, or is about to give, IA32_LSTAR; its kernel is complete by then.
         """
-        self._found = self._failed = self._stacks = None
+        self._found = self._failed = None
         self._read_at = self._now
         try:
             self._found = recognise(self._machine, self._core(core), given=self._given, lstar=lstar, cache=self._cache)
@@ -135,13 +155,35 @@ class GuestView:
         Raises LinkError.
         """
         self.at_trap(core)
-        if self._found is not None and self._found.system.is_still_there():
+        self.forget()
+        before = self._found
+        if before is not None and before.system.is_entered_at(lstar) and before.system.is_still_there():
             self._tell_agent()
             return None
         try:
             found = self.recognise(core, lstar=lstar)
         except NotRecognisedError as error:
-            return str(error)
+            return "; ".join((str(error), *error.remarks))
+        if before is not None and before.system.is_same(found.system):
+            return None  # which gives SYSCALL another way than its own
+        return "; ".join((found.system.describe(), *found.remarks))
+
+    @property
+    def is_known(self) -> bool:
+        """Whether something has been recognised, and nothing has been heard of its end; the machine is not looked at for that."""
+        return self._found is not None
+
+    @property
+    def seen(self) -> object:
+        """Another object whenever known_name may give other names than before; None: it gives none."""
+        return None if self._found is None else self._found.system.seen_modules
+
+    def summary(self) -> str:
+        """One line: what runs, or why nothing is known. Raises LinkError."""
+        try:
+            found = self.recognised
+        except NotRecognisedError as error:
+            return "; ".join((str(error), *error.remarks))
         return "; ".join((found.system.describe(), *found.remarks))
 
     @property
@@ -193,6 +235,28 @@ class GuestView:
         except (NotRecognisedError, UnreadableError):
             return None
 
+    def known_name(self, address: int) -> Place | None:
+        """The name of an address as far as it is known without looking at the guest, which may run."""
+        return None if self._found is None else self._found.system.known_name(address)
+
+    def symbol(self, name: str) -> int | None:
+        """The address of a symbol for a script, also while the guest runs; None: there is none of that name.
+
+        Raises UnknownGuestError where it cannot be told.
+        """
+        if not _PLAIN_SYMBOL.fullmatch(name):
+            return None
+        if self._debugger.is_running and self._callback is None:
+            if self._found is None:
+                raise UnknownGuestError("the guest is not recognised yet")
+            return self._found.system.known_address(name)
+        try:
+            return self.system.address_of(name)
+        except NotRecognisedError as error:
+            raise UnknownGuestError(f"the guest is not recognised yet: {error.reason}") from None
+        except VmexitError:
+            raise UnknownGuestError("the guest is not recognised yet") from None
+
     def label(self, address: int) -> str | None:
         """The name of an address where the guest is known already; nothing is searched for that alone."""
         if self._found is None:
@@ -221,3 +285,13 @@ class GuestView:
     def frames(self, core: int | None = None) -> list[Frame]:
         """Who called whom on a vCPU. Raises NotRecognisedError."""
         return list(self.recognised.stacks.frames(self._machine.registers(self._core(core))))
+
+    def caller(self, core: int | None = None) -> Caller | None:
+        """What the function that a vCPU executes returns to; None: not known."""
+        try:
+            stacks = self.recognised.stacks
+        except NotRecognisedError:
+            return None
+        frames = stacks.frames(self._machine.registers(self._core(core)))
+        found = next(islice(frames, 1, None), None)
+        return Caller(found.address, self.name_of(found.address), found.is_guess) if found else None

@@ -128,6 +128,8 @@ class Program:
     def __init__(self, link: Link, events: EventTable) -> None:
         self.scripts: dict[int, CompiledScript] = {}
         """All that the agent ever had, by the number that it knows them by."""
+        self.own: Event | None = None
+        """The debugger's own event, number -1, which is none of the table's and acts before them. The agent may not take it."""
         self._link = link
         self._events = events
         self._numbers: dict[_Key, int] = {}
@@ -152,21 +154,33 @@ class Program:
         """Makes the agent's events those of the table, from the next instruction on. Raises LinkError."""
         for _ in range(_TRIES):
             self.sync()
-            numbers = [(self._number(event.script, event.buffer), self._number(event.condition)) for event in self._events]
+            events = [*self._own_events(), *self._events]
+            numbers = [(self._number(event.script, event.buffer), self._number(event.condition)) for event in events]
             wanted = {number for pair in numbers for number in pair} - {0}
             for number in wanted - self._there:
                 self._add_script(number)
             try:
-                lowered = [lower(event, *pair) for event, pair in zip(self._events, numbers, strict=True)]
+                lowered = [lower(event, *pair) for event, pair in zip(events, numbers, strict=True)]
                 self._link.set_events(lowered, self._changes)
             except RequestError as error:
-                if error.status != Status.STALE:
+                if error.status == Status.STALE:
+                    continue
+                if self.own is None:
                     raise
+                self.own = None
             else:
                 self._there = wanted
                 self._drop_buffers(wanted)
                 return
         raise LinkError("scripts change events all the time; halt the machine first (pause)")
+
+    def _own_events(self) -> list[Event]:
+        """The debugger's own event, if there is one and it has room."""
+        if self.own is None:
+            return []
+        taken = {event.slot for event in self._events}
+        self.own.slot = next((slot for slot in reversed(range(wire.MAX_EVENTS)) if slot not in taken), -1)
+        return [self.own] if self.own.slot >= 0 else []
 
     def sync(self) -> list[Event]:
         """Takes over what scripts have made of the events; those that they have changed, a cleared one included."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -12,6 +12,11 @@ from vmexit.errors import VmexitError
 from vmexit.guest import registers as register_names
 from vmexit.link.rings import Records
 from vmexit.link.wire import RECORD, Access, Action, RecordFlag, Stage, constant, offset
+
+if TYPE_CHECKING:
+    from vmexit.guest.symbols import Place
+    from vmexit.guest.system import Frame, Task
+    from vmexit.guest_view import Caller, GuestView
 
 _ACCESS = {int(access): access for access in Access}
 _STAGE = {int(stage): stage for stage in Stage}
@@ -158,9 +163,10 @@ class Registers(MutableMapping[str, int]):
 class LiveTrap:
     """A trap whose vCPU is stopped for a callback. Of no use after the callback has returned."""
 
-    def __init__(self, trap: Trap, values: list[int], memory: Memory) -> None:
+    def __init__(self, trap: Trap, values: list[int], memory: Memory, guest: GuestView | None = None) -> None:
         self._trap = trap
         self._memory = memory
+        self._guest = guest
         self.values = values
         """The first registers of the wire (16 general ones, RIP, RFLAGS) as the guest will find them."""
         self.changed = 0
@@ -234,6 +240,26 @@ class LiveTrap:
             raise ValueError(f"an MSR holds 64 bits; {value:#x} is no such value")
         self.change(_RAX, value & _MASK32)
         self.change(_RDX, value >> 32)
+
+    @property
+    def symbol(self) -> Place | None:
+        """Where in the guest's kernel it is; None: not known. As text: "native_write_msr+0x4 [kernel]"."""
+        return self._guest.name_of(self.rip) if self._guest else None
+
+    @property
+    def frames(self) -> list[Frame]:
+        """Who called whom, the function with the instruction first; empty: not known. A frame may be a guess (``is_guess``)."""
+        return self._guest.frames(self.core) if self._guest and self._guest.known else []
+
+    @property
+    def caller(self) -> Caller | None:
+        """What the function with the instruction returns to; None: not known."""
+        return self._guest.caller(self.core) if self._guest else None
+
+    @property
+    def task(self) -> Task | None:
+        """The thread of the guest's that executes it; None: not known."""
+        return self._guest.current(self.core) if self._guest else None
 
     def skip(self) -> None:
         """Short-circuits the instruction: it is not executed, the guest goes on behind it. Only in stage pre (VmexitError)."""

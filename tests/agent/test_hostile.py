@@ -230,7 +230,7 @@ def test_every_field_of_an_event(host: FakeHost, raw: socket.socket, field: str,
         "ranges": [(0, 0xFFFFFFFF)],
     }
     wrong = wire.pack("event", **{**sound, field: value})
-    if (field, value) != ("id", 1):
+    if field != "id":
         assert exchange(raw, MessageType.EVENTS, wrong, argument=1) == (Status.REFUSED, b"")
     assert exchange(raw, MessageType.EVENTS, event(1, slot=7) + wrong, argument=2) == (Status.REFUSED, b"")
     host.run(wrmsr(0x10, 1))

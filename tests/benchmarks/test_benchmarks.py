@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as bench
-from benchmarks import code, worker
+from benchmarks import code, names, worker
 from benchmarks.common import BenchmarkError, Case, Sample, Target, child, interleave, results, table
 from benchmarks.loop import MSR, Loop
 
@@ -61,6 +61,11 @@ def test_the_first_use_of_machine_code() -> None:
 def test_every_case_has_a_runner_and_a_base() -> None:
     assert {case.key for case in bench.CASES} == set(worker.RUNNERS)
     assert {case.base for case in bench.CASES} <= {case.key for case in bench.CASES}
+
+
+def test_named_records() -> None:
+    plain, named = names.measure(1, 20_000)
+    assert plain > 0 and named > 0
 
 
 def test_a_run_that_does_not_end_is_ended() -> None:

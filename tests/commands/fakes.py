@@ -77,6 +77,7 @@ class FakeRings:
         self.hits_of: dict[int, int] = {}
         self.dropped = 0
         self.changes = 0
+        self.answered: list[tuple[int, int]] = []
         self.globals = np.zeros(wire.MAX_GLOBALS, np.uint64)
         self.wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
@@ -89,6 +90,16 @@ class FakeRings:
 
     def after_sleep(self) -> None:
         pass
+
+    def question_registers(self, vcpu: int) -> list[int]:
+        return [0] * wire.ASKED_REGISTERS
+
+    def answer(self, vcpu: int, sequence: int, registers: list[int], changed: int, skip: bool, *others: bool) -> None:
+        assert not changed and not skip and not any(others)
+        self.answered.append((vcpu, sequence))
+
+    def calls(self) -> bool:
+        return bool(self.records)
 
     def hits(self, slot: int) -> int:
         return self.hits_of.get(slot, 0)
@@ -111,6 +122,7 @@ class FakeLink:
         self.plugin_api = 1
         self.door = "tcg"
         self.events: list[bytes] = []
+        self.own: list[bytes] = []
         self.scripts: list[int] = []
         self.limits = (0, 0)
         self.drop = False
@@ -133,7 +145,9 @@ class FakeLink:
 
     def set_events(self, events: list[bytes], changes: int) -> None:
         assert changes == self.rings.changes
-        self.events = events
+        # Of the debugger's own event no command knows.
+        self.own = [event for event in events if wire.unpack("event", event).id == 0]
+        self.events = events[len(self.own) :]
 
     def add_script(
         self, number: int, file: int, entry: int, code_size: int, constants_size: int, buffer: tuple[int, int] | None = None
@@ -157,7 +171,7 @@ class FakeLink:
         self.decided.append((vcpu, skip))
 
     def _check_halted(self) -> None:
-        if self._target.runs:
+        if self._target.runs and not self._target.is_asking:
             raise RequestError(Status.RUNNING)
 
     def registers(self, vcpu: int) -> list[int]:
@@ -209,6 +223,7 @@ class FakeTarget:
         self.vcpus = vcpus
         self.runs = False
         self.is_at_trap = False
+        self.is_asking = False
         self.exit_status: int | None = None
         self.pending: list[Notice] = []
         self.fake_link = FakeLink(self)
@@ -325,7 +340,7 @@ class Typist:
                 self.link.pages[False, virtual // PAGE] = bytes(page)
         for core, registers in enumerate(guest.cores):
             self.put(core, **registers)
-        self.session.guest = GuestView(self.debugger, cache=Cache(cache or Path("/dev/null/nowhere")))
+        self.debugger.guest = GuestView(self.debugger, cache=Cache(cache or Path("/dev/null/nowhere")))
 
     def map(self, address: int, data: bytes, *, physical: bool = False) -> None:
         """Makes memory from a page's start on; the rest of the last page is 0."""

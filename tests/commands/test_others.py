@@ -58,6 +58,7 @@ def test_settings(typist: Typist) -> None:
     assert [line.split()[:2] for line in typist.types("settings").split("\n")] == [
         ["code-failures", "10"],
         ["overflow", "wait"],
+        ["recognition", "on"],
         ["script-stack", "40000"],
         ["script-steps", "f4240"],
         ["sdk-socket", "off"],
@@ -164,7 +165,7 @@ def test_leaving_and_clearing(typist: Typist, line: str, done: str) -> None:
         ("settings sintax", "'sintax' is no setting: did you mean 'syntax'?", 9, 6),
         (
             "settings what",
-            "'what' is no setting (it is code-failures, overflow, script-stack, script-steps, sdk-socket or syntax)",
+            "'what' is no setting (it is code-failures, overflow, recognition, script-stack, script-steps, sdk-socket or syntax)",
             9,
             4,
         ),

@@ -62,7 +62,7 @@ def typist() -> Iterator[Typist]:
         ("~ ", ["0", "1"]),
         ("~ 0 ", []),
         ("core ", ["0", "1"]),
-        ("settings ", ["code-failures", "overflow", "script-stack", "script-steps", "sdk-socket", "syntax"]),
+        ("settings ", ["code-failures", "overflow", "recognition", "script-stack", "script-steps", "sdk-socket", "syntax"]),
         ("settings sdk-socket ", ["off"]),
         ("settings sdk-socket off ", []),
         ("!msrwrite efer value ", []),

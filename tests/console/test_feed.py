@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.commands.fakes import Typist, record
+from tests.commands.fakes import Typist, linux_guest, record
 from vmexit.console.feed import Feed
 from vmexit.console.guest_output import GuestOutput
 from vmexit.console.screen import Screen
@@ -70,6 +70,21 @@ def terminal() -> Iterator[Machine]:
 def values(lines: list[str]) -> list[int]:
     """The values in the lines that are records."""
     return [int(line.split()[5], 16) for line in lines if " wrmsr  " in line]
+
+
+def test_what_is_found_out_about_the_guest_is_a_line_among_the_records(machine: Machine) -> None:
+    machine.put(record(0, value=1), record(1, event=-1, action=Action.ASK, value=5), record(2, value=2))
+    machine.feed.work()
+    lines = machine.screen.lines
+    assert values(lines) == [1, 2] and lines[2].startswith("the guest is not known: ") and len(lines) == 4
+
+
+def test_a_kernel_that_is_first_seen_at_a_stop(machine: Machine) -> None:
+    machine.typist.boot(linux_guest())
+    machine.typist.types("pause")
+    machine.feed.work()
+    assert machine.screen.lines[0].startswith("Linux 6.1.0-fake-amd64 x86_64, slide ")
+    assert machine.screen.lines[1] == "halted, core 0"
 
 
 def test_records_are_shown_in_one_piece_below_a_heading(machine: Machine) -> None:

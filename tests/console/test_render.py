@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.commands.fakes import SKIPPED, Typist, record
+from tests.commands.fakes import SKIPPED, Typist, linux_guest, record
 from vmexit.console.render import Columns, error_text, exit_text, notice_text, stop_text, summary_table
 from vmexit.debugger import Stop, StopReason
 from vmexit.errors import CommandError, TargetError
@@ -112,6 +112,80 @@ def test_the_column_of_seconds_is_as_wide_as_the_longest_needs() -> None:
     assert lines[-1].startswith("1234567.000000  0 ")
 
 
+@pytest.fixture
+def booted() -> Iterator[Typist]:
+    """On the made-up Linux, which is recognised."""
+    typist = Typist()
+    typist.boot(linux_guest())
+    typist.types("guest")
+    yield typist
+    typist.close()
+
+
+WRMSR_AT = linux_guest().address(0x2002)
+FIXED = f"    0.000000  0     pre   wrmsr  c0000082  ffffffff81a00080  {WRMSR_AT:016x}"
+
+
+def test_the_place_is_named_behind_what_the_value_means(booted: Typist) -> None:
+    columns = Columns(names=booted.debugger.names)
+    assert columns.line(trap(rip=WRMSR_AT)) == f"{FIXED}  LSTAR  native_write_msr+0x2 [kernel]"
+    assert columns.line(trap(rip=0x1000)).endswith("  0000000000001000  LSTAR")
+    booted.debugger.guest.reset()
+    assert columns.line(trap(rip=WRMSR_AT)) == f"{FIXED}  LSTAR"
+
+
+@pytest.mark.parametrize(
+    ("width", "lines"),
+    [
+        (None, [f"{FIXED}  short-circuited  LSTAR  native_write_msr+0x2 [kernel]"]),
+        (132, [f"{FIXED}  short-circuited  LSTAR  native_write_msr+0x2 [kernel]"]),
+        (131, [f"{FIXED}  short-circuited  LSTAR", "              native_write_msr+0x2 [kernel]"]),
+        (80, [FIXED, "              short-circuited  LSTAR  native_write_msr+0x2 [kernel]"]),
+        (50, [FIXED, "              short-circuited  LSTAR", "              native_write_msr+0x2 [kernel]"]),
+    ],
+)
+@pytest.mark.parametrize("times", [1, 80])
+def test_what_does_not_fit_goes_into_another_line(booted: Typist, width: int | None, lines: list[str], times: int) -> None:
+    columns = Columns(0, names=booted.debugger.names)
+    columns.width = width
+    assert columns.lines(joined([record(flags=SKIPPED, rip=WRMSR_AT)] * times)).splitlines() == lines * times
+
+
+def of_thread(pid: int, tid: int, *, known: bool = True, rip: int = WRMSR_AT) -> Records:
+    """A record that tells its thread."""
+    made = record(rip=rip, flags=int(RecordFlag.PROCESS_KNOWN) if known else 0)
+    made["process"], made["thread"] = pid, tid
+    return made
+
+
+def test_the_thread_is_named_where_the_record_tells_it(booted: Typist, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = {(0x5E, 0x5F): "w\u00f6rker", (0, 0): "swapper/0"}
+    monkeypatch.setattr(booted.debugger.thread_names, "get", lambda pid, tid: named.get((pid, tid)))
+    columns = Columns(0, names=booted.debugger.names)
+    records = [of_thread(0x5E, 0x5F), of_thread(0x5E, 0x5E, rip=0x1000), of_thread(0, 0), of_thread(0, 0, known=False)]
+    ends = ["  pid 5e tid 5f w\\xf6rker", "  LSTAR  pid 5e", "  pid 0 swapper/0", "  native_write_msr+0x2 [kernel]"]
+    for count in (1, 20):
+        lines = columns.lines(joined(records * count)).splitlines()
+        assert len(lines) == 4 * count
+        assert all(line.endswith(end) for line, end in zip(lines, ends * count, strict=True))
+    columns.width = 80
+    assert columns.lines(joined(records * 20)) == "".join(f"{columns.line(one)}\n" for one in traps_of(joined(records * 20)))
+    assert (
+        columns.lines(records[0]).splitlines()[1]
+        == "              LSTAR  native_write_msr+0x2 [kernel]  pid 5e tid 5f w\\xf6rker"
+    )
+
+
+def test_many_places_at_once(booted: Typist) -> None:
+    columns = Columns(0, colour=True, names=booted.debugger.names)
+    columns.width = 100
+    rips = [WRMSR_AT, 0, WRMSR_AT + 0x40, 0x1000]
+    together = joined([record(rip=rip, msr=msr, flags=flags) for rip in rips for msr in (0x10, 0xC0000080) for flags in range(8)])
+    assert len(together) > 50
+    assert columns.lines(together) == "".join(f"{columns.line(one)}\n" for one in traps_of(together))
+    assert "\n              native_write_msr_safe+0x2 [kernel]\n" in columns.lines(together)
+
+
 def test_no_records_no_lines() -> None:
     assert Columns(0).lines(record()[:0]) == ""
 
@@ -138,6 +212,15 @@ def stopped() -> Iterator[Typist]:
 
 def shown(typist: Typist, stop: Stop) -> list[str]:
     return stop_text(typist.debugger, stop, Syntax.INTEL).split("\n")
+
+
+def test_a_break_in_a_kernel_that_is_known(booted: Typist) -> None:
+    at = trap(rip=WRMSR_AT, core=0, action=Action.BREAK)
+    lines = shown(booted, Stop(StopReason.BREAK, at))
+    assert lines[3:] == [
+        "in    native_write_msr+0x2 [kernel] <- ? native_write_msr_safe+0xfc5 [kernel]",
+        "by    worker (process 94, thread 95)",
+    ]
 
 
 def test_a_break_before_the_instruction(stopped: Typist) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vmexit.guest.symbols import Place, Symbol, Symbols
 
@@ -33,6 +35,15 @@ def table(rows: list[tuple[int, str, str]]) -> Symbols:
 )
 def test_what_lies_at_an_address(address: int, wanted: tuple[str, int] | None) -> None:
     assert table(ROWS).at(address) == wanted
+
+
+@given(st.lists(st.integers(0, (1 << 64) - 1) | st.integers(1 << 63, (1 << 63) + (1 << 30)), min_size=1), st.data())
+def test_addresses_far_and_near(addresses: list[int], data: st.DataObject) -> None:
+    symbols = table([(address, "t", str(address)) for address in addresses])
+    near = st.sampled_from(addresses).flatmap(lambda address: st.integers(max(0, address - 0x2000), address + 0x2000))
+    for address in data.draw(st.lists(near | st.integers(0, (1 << 64) - 1))):
+        below = [other for other in addresses if other <= address]
+        assert symbols.at(address) == ((str(max(below)), address - max(below)) if below else None)
 
 
 def test_symbols_in_any_order() -> None:

@@ -37,6 +37,12 @@ APT_GET = f"""\
 {APT_BEGINNING}
 fail_if no-network "Failed to fetch deb.example.org  Temporary failure resolving
 E: Some index files failed to download. They have been ignored."
+if [ "$1" = indextargets ]; then
+    [ -e "$FAKE/no-debian" ] || printf 'bookworm-updates http://other\\nbookworm http://mirror\\n'
+fi
+if [ "$1" = update ]; then
+    for word in "$@"; do case "$word" in Dir::Etc::SourceList=*) cp "${{word#*=}}" "$FAKE/source.list" ;; esac; done
+fi
 if [ "$1" = download ]; then
     [ "$own_lists" ] || fail_if old-lists "404  Not Found"
     sleep 0.2
@@ -178,6 +184,30 @@ def test_download_then_cache(apt: Path, cache: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("PATH", "/nowhere")
     assert kernel.find_kernel() == found
     assert capsys.readouterr().err == ""
+
+
+def test_the_newer_kernel_comes_from_the_backports(apt: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From where the machine has Debian from, into a folder of its own, and by no lists but these."""
+    found = kernel.find_newer_kernel()
+    assert found.image == cache.parent / "newer-kernel" / "6.1.999-1" / "vmlinuz" == kernel.find_newer_kernel().image
+    words = (apt / "source.list").read_text().split()
+    assert words[0] == "deb" and words[-3:] == ["http://mirror", "bookworm-backports", "main"]
+    assert len(calls(apt, "update")) == len(calls(apt, "download")) == 1
+    for call in (*calls(apt, "update"), *calls(apt, "download"), *calls(apt, "show")):
+        assert "Dir::Etc::SourceList=" in call and "Dir::State::Lists=" in call and "Dir::Etc::SourceParts=-" in call
+    assert "SourceList" not in calls(apt, "indextargets")[0]
+    assert kernel.cached_kernel() is None
+    assert capsys.readouterr().err.count("\n") == 2
+
+
+def test_no_newer_kernel(apt: Path) -> None:
+    (apt / "no-debian").touch()
+    with pytest.raises(VmexitError, match="the APT sources here name no Debian whose backports there could be"):
+        kernel.find_newer_kernel()
+    (apt / "no-debian").unlink()
+    (apt / "unknown").touch()
+    with pytest.raises(VmexitError, match=r"the APT sources here do not have linux-image-cloud-amd64"):
+        kernel.find_newer_kernel()
 
 
 def test_download_in_parallel_happens_once(apt: Path) -> None:

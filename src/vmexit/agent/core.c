@@ -193,9 +193,15 @@ static void free_retired_tables(void)
     scripts_forget_unless(is_script_needed);
 }
 
+/* An event of the debugger's own for a single MSR. It asks hardly ever, and must not make the traps of all other MSRs slow. */
+static bool is_apart(const struct vmexit_event *event)
+{
+    return event->id == 0 && event->range_count == 1 && event->ranges[0].first == event->ranges[0].last;
+}
+
 static bool is_quick(const struct vmexit_event *events, size_t count)
 {
-    for (size_t i = 0; i < count; i++)
+    for (size_t i = count > 0 && is_apart(&events[0]); i < count; i++)
         if (events[i].actions != VMEXIT_RECORD || events[i].stages != VMEXIT_PRE || events[i].condition || filter_is_there(&events[i]) ||
             (events[i].flags & (VMEXIT_SHORT_CIRCUIT | VMEXIT_IMMEDIATE)))
             return false;
@@ -215,6 +221,8 @@ static struct table *make_table(const struct vmexit_event *events, size_t count)
         return NULL;
     }
     *table = (struct table){.count = count, .last_id = count ? events[count - 1].id : 0, .scripts = scripts};
+    const bool has_own = count > 0 && is_apart(&events[0]);
+    table->apart = has_own ? events[0].ranges[0].first : UINT64_MAX;
     table->quick_half = is_quick(events, count) ? (int64_t)(core.half_mask - count) : -1;
     table->quick_used = core.ring_mask + 1 - count;
     for (size_t i = 0; i < count; i++)
@@ -225,7 +233,7 @@ static struct table *make_table(const struct vmexit_event *events, size_t count)
         table->events[i] = *event;
         table->scripts[i] = scripts_find(event->script);
         table->scripts[count + i] = scripts_find(event->condition);
-        for (uint32_t r = 0; r < event->range_count && (event->flags & VMEXIT_ENABLED); r++)
+        for (uint32_t r = 0; r < event->range_count && (event->flags & VMEXIT_ENABLED) && !(has_own && i == 0); r++)
             *rule++ = (struct rule){
                 .first = event->ranges[r].first,
                 .span = event->ranges[r].last - event->ranges[r].first,
@@ -242,9 +250,10 @@ static struct table *make_table(const struct vmexit_event *events, size_t count)
     return table;
 }
 
-static bool event_is_sound(const struct vmexit_event *event, uint32_t previous_id)
+/* `previous`: the event before it, or null. */
+static bool event_is_sound(const struct vmexit_event *event, const struct vmexit_event *previous)
 {
-    if (event->id <= previous_id || event->slot >= VMEXIT_MAX_EVENTS)
+    if ((previous && event->id <= previous->id) || event->slot >= VMEXIT_MAX_EVENTS)
         return false;
     if (event->actions & VMEXIT_SCRIPT ? scripts_find(event->script) == NULL : event->script != 0)
         return false;
@@ -341,7 +350,7 @@ int core_set_events(const struct vmexit_event *events, size_t count, uint64_t ch
     if (count > VMEXIT_MAX_EVENTS)
         return VMEXIT_REFUSED;
     for (size_t i = 0; i < count; i++) {
-        if (!event_is_sound(&events[i], i == 0 ? 0 : events[i - 1].id))
+        if (!event_is_sound(&events[i], i == 0 ? NULL : &events[i - 1]))
             return VMEXIT_REFUSED;
         if (needed_capabilities(&events[i]) & ~core.door->capabilities)
             return VMEXIT_UNAVAILABLE;
@@ -714,7 +723,7 @@ enum verdict core_pre(struct trap *trap, struct progress *progress)
     trap->before.again = progress->after == PROGRESS_DONE;
     for (size_t i = 0; i < table->count && table->events[i].id <= progress->limit; i++) {
         const struct vmexit_event *event = &table->events[i];
-        const bool has_acted = event->id <= progress->after;
+        const bool has_acted = progress->after != 0 && event->id <= progress->after;
         /* One that compares with the value of before has to see that one, even if it has acted before a break. */
         if ((has_acted && !event->changes) || !matches(event, trap, VMEXIT_PRE) || has_acted ||
             !is_let(trap, vcpu, table, i, progress))

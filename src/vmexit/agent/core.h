@@ -34,7 +34,7 @@ struct trap {
 
 /* How far the events of the pre stage have come with one execution of one instruction; survives a break in between. */
 struct progress {
-    uint32_t after; /* events up to this id have acted */
+    uint32_t after; /* events up to this id have acted; 0: none has */
     uint32_t limit; /* events above this id were made too late for it */
     bool skip; /* what the last one that acted says of short-circuiting */
     bool decided; /* the person at the break has said so; events that come later no longer change it */

@@ -31,6 +31,7 @@ struct table {
      * leave, and none makes a half full. quick_half is -1 where the events do more than to record, or there are none. */
     uint64_t quick_used;
     int64_t quick_half;
+    uint64_t apart; /* the MSR of the debugger's own event, which is no quick matter; beyond 32 bits where there is none */
     bool asks_for_task; /* one of the events does */
     const struct rule *rules_end;
     struct rule *rules;
@@ -146,11 +147,11 @@ static inline bool quick_pre(unsigned index, unsigned access, unsigned length, u
     __atomic_store_n(&vcpu->reading, table, __ATOMIC_RELAXED);
     __atomic_signal_fence(__ATOMIC_SEQ_CST);
     struct vmexit_ring *ring = vcpu->ring;
+    const uint32_t msr = (uint32_t)registers[VMEXIT_RCX];
     /* The ring may be in the making for the next debugger where there are no events: then it is not looked at. */
-    bool is_quick = table == __atomic_load_n(&core.table, __ATOMIC_ACQUIRE) &&
+    bool is_quick = table == __atomic_load_n(&core.table, __ATOMIC_ACQUIRE) && msr != table->apart &&
                     (int64_t)(vcpu->head & core.half_mask) <= table->quick_half &&
                     vcpu->head - __atomic_load_n(&ring->tail, __ATOMIC_ACQUIRE) <= table->quick_used;
-    const uint32_t msr = (uint32_t)registers[VMEXIT_RCX];
     const struct task *task = &task_nobody;
     if (__builtin_expect(is_quick && table->asks_for_task, 0))
         is_quick = quick_task(table, index, access, msr, registers[VMEXIT_RSP], &task);

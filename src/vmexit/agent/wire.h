@@ -13,7 +13,7 @@
 #include <stdint.h>
 
 #define VMEXIT_WIRE_MAGIC 0x74697865
-#define VMEXIT_WIRE_VERSION 3
+#define VMEXIT_WIRE_VERSION 4
 
 #define VMEXIT_MAX_EVENTS 256
 #define VMEXIT_MAX_RANGES 16
@@ -104,7 +104,7 @@ struct vmexit_range {
 };
 
 struct vmexit_event {
-    uint32_t id; /* rises in the order in which events were made; never 0, never given twice */
+    uint32_t id; /* rises in the order in which events were made; never given twice, but for 0: the debugger's own, before all others */
     uint32_t slot; /* where its hits are counted, below VMEXIT_MAX_EVENTS */
     uint8_t access;
     uint8_t stages;

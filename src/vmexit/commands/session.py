@@ -56,8 +56,6 @@ class Session:
     """How many files of commands are being carried out, one called by the other."""
     is_over: bool = False
     """The session ends once the command is done."""
-    guest: GuestView = field(init=False)
-    """What the debugger knows of its guest."""
     next_data: dict[bool, int] = field(default_factory=dict)
     """Where ``db`` and its kin go on: by whether that is a physical address."""
     next_code: dict[bool, tuple[object, int]] = field(default_factory=dict)
@@ -72,8 +70,10 @@ class Session:
     told_untrappable: bool = False
     """The user knows which MSRs never trap here."""
 
-    def __post_init__(self) -> None:
-        self.guest = GuestView(self.debugger)
+    @property
+    def guest(self) -> GuestView:
+        """What the debugger knows of its guest."""
+        return self.debugger.guest
 
     def check_halted(self, arguments: Arguments) -> None:
         """Raises where the command needs a halted machine and has none."""

@@ -49,6 +49,10 @@ def _put_sdk_socket(session: Session, value: str) -> None:
     serve_at(session, None if value.lower() == "off" else value)
 
 
+def _put_recognition(session: Session, value: str) -> None:
+    session.debugger.recognition.enabled = value == "on"
+
+
 _SETTINGS: Mapping[str, _Setting] = {
     "code-failures": _Setting(
         "how many runs of an event's machine code that are ended in a row disable the event; 0: none do",
@@ -61,6 +65,12 @@ _SETTINGS: Mapping[str, _Setting] = {
         tuple(value.value for value in Overflow),
         lambda session: session.debugger.overflow.value,
         _put_overflow,
+    ),
+    "recognition": _Setting(
+        "whether the guest's system is recognised by itself as soon as it runs, which takes up to a second of one core's time",
+        ("on", "off"),
+        lambda session: "on" if session.debugger.recognition.enabled else "off",
+        _put_recognition,
     ),
     "script-stack": _Setting(
         "bytes of stack that the functions of a script may take",

@@ -47,7 +47,8 @@ class Feed:
         self._screen = screen
         self._output = output
         self._columns: Columns | None = None
-        self._items: deque[Records | Printed | Stop | Notice] = deque()
+        self._items: deque[Records | Printed | Stop | Notice | str] = deque()
+        """What is to be shown, in its order; a text is what was found out about the guest."""
         self._line = b""
         """What scripts have printed of a line that is not at its end."""
         self._line_when = 0.0
@@ -69,6 +70,7 @@ class Feed:
         self._debugger.print_listeners.append(self._take_printed)
         self._debugger.on_stop = self._items.append
         self._debugger.on_notice = self._items.append
+        self._debugger.recognition.on_line = self._items.append
 
     def _take_records(self, records: Records) -> None:
         """Those that do not go elsewhere."""
@@ -124,6 +126,8 @@ class Feed:
                 self._catch_up()
                 self._show_output(until_ns)
                 self._show_stop(item)
+            elif isinstance(item, str):
+                self._screen.write(item)
             elif isinstance(item, Notice):
                 self._catch_up()
                 self._show_output(until_ns)
@@ -206,8 +210,9 @@ class Feed:
         if not len(records):
             return
         if self._columns is None:
-            self._columns = Columns(self._debugger.started_ns, colour=self._screen.colour)
+            self._columns = Columns(self._debugger.started_ns, colour=self._screen.colour, names=self._debugger.names)
             self._screen.write(self._columns.heading())
+        self._columns.width = self._screen.width
         start = 0
         while start < len(records):
             if self._hurried:
@@ -247,6 +252,9 @@ class Feed:
             self._screen.write(b"".join(lines).decode("utf-8", "replace"))
 
     def _show_stop(self, stop: Stop) -> None:
+        self._debugger.recognition.at_stop()
+        while self._items and isinstance(self._items[0], str):
+            self._screen.write(str(self._items.popleft()))
         if stop.reason is not StopReason.ENDED:  # which is told when vmexit ends too
             self._screen.write(stop_text(self._debugger, stop, self._session.settings.syntax, colour=self._screen.colour))
 
@@ -262,6 +270,6 @@ class Feed:
         self._screen.write(f"{lost:,} record{'s' * (lost != 1)} dropped so far: they came faster than they were taken{hint}")
 
 
-def _comes_last(item: Records | Printed | Stop | Notice) -> bool:
+def _comes_last(item: Records | Printed | Stop | Notice | str) -> bool:
     """Whether all that the guest printed and all traps of before it are known when it comes."""
     return isinstance(item, Stop) or (isinstance(item, Notice) and item.kind is NoticeKind.SHUTDOWN)

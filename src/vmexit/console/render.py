@@ -16,6 +16,7 @@ from vmexit.errors import VmexitError
 from vmexit.guest.disassembly import Syntax
 from vmexit.link.rings import Records
 from vmexit.link.wire import Access, RecordFlag, Stage
+from vmexit.names import Names
 from vmexit.recording import MsrSummary
 from vmexit.targets.base import Notice, NoticeKind
 from vmexit.trap import Trap, traps_of
@@ -23,16 +24,22 @@ from vmexit.trap import Trap, traps_of
 _DIM, _BOLD, _YELLOW, _RED, _PLAIN = "\033[2m", "\033[1m", "\033[33m", "\033[31m", "\033[0m"
 
 _Bytes = npt.NDArray[np.uint8]
+_Texts = tuple[list[str], npt.NDArray[np.intp]]
+"""Texts, and for each of some records which of them it has."""
 
 _STAGES = {Stage.PRE: "pre", Stage.POST: "post"}
 _ACCESSES = {Access.WRMSR: "wrmsr", Access.RDMSR: "rdmsr"}
 _WHAT = {(stage, access): f"{_STAGES[stage]:<4}  {_ACCESSES[access]}" for stage in _STAGES for access in _ACCESSES}
 _NO_VALUE = f"{'-':<16}"
-_SHORT_CIRCUITED, _FAULTED = "  short-circuited", "  #GP"
+_SHORT_CIRCUITED, _FAULTED = "short-circuited", "#GP"
 _SECONDS = 5
 """Digits of the time before its point, at least."""
 _CORE = 4
 """Columns of the core's number, which has up to four hexadecimal digits."""
+_FIXED = len("  core  pre   wrmsr  c0000082  ffffffff81a00080  ffffffff8103f2b7")
+"""Columns from behind the time to the end of RIP."""
+_INDENT = 14
+"""Of what does not fit into the line."""
 _FEW = 50
 """Records that are sooner formatted one by one than all at once."""
 
@@ -54,11 +61,16 @@ def _hex(values: npt.NDArray[np.unsignedinteger], size: int) -> _Bytes:
 
 class Columns:
     """Traps as lines: in fixed columns time in seconds, core, stage, instruction, MSR, value and RIP; then whether it was
-    skipped, and what MSR and value mean.
+    skipped, what MSR and value mean, the name of the place that RIP is, and the thread, as far as these are known.
+
+    What does not fit into the ``width`` of a terminal goes into a second line, which is indented.
     """
 
-    def __init__(self, started_ns: int | None = None, *, colour: bool = False) -> None:
-        """``started_ns``: what time is counted from (Trap.time_ns); None: from the first trap."""
+    def __init__(self, started_ns: int | None = None, *, colour: bool = False, names: Names | None = None) -> None:
+        """``started_ns``: what time is counted from (Trap.time_ns); None: from the first trap. ``names``: None: no names."""
+        self.width: int | None = None
+        """Columns that there are; None: any number."""
+        self._names = names
         self._started_ns = started_ns
         self._dim, self._mark, self._plain = (_DIM, _YELLOW, _PLAIN) if colour else ("", "", "")
         self._meanings = Meanings()
@@ -73,11 +85,40 @@ class Columns:
         time = f"{microseconds // 1_000_000:{_SECONDS}}.{microseconds % 1_000_000:06}"
         what = _WHAT[trap.stage, trap.access]
         mark = _SHORT_CIRCUITED if trap.skipped else _FAULTED if trap.flags & RecordFlag.FAULTED else ""
-        mark = f"{self._mark}{mark}{self._plain}" if mark else ""
+        tail = self._tail(len(time), mark, self._meanings.of(trap), *self._origin(trap))
         time = f"{self._dim}{time}{self._plain}"
-        meaning = self._meanings.of(trap)
-        last = f"{_rip_text(trap)}{mark}{meaning and '  '}{meaning}"
-        return f"{time}  {trap.core:<{_CORE}x}  {what}  {trap.msr:08x}  {value_text(trap)}  {last}"
+        return f"{time}  {trap.core:<{_CORE}x}  {what}  {trap.msr:08x}  {value_text(trap)}  {_rip_text(trap)}{tail}"
+
+    def _origin(self, trap: Trap) -> tuple[str, ...]:
+        """Where it comes from: the place, and the thread where the record tells."""
+        if self._names is None:
+            return ()
+        thread = self._names.thread(trap.pid, trap.tid) if trap.flags & RecordFlag.PROCESS_KNOWN else ""
+        return self._names.of(trap.rip), thread
+
+    def _threads(self, names: Names, records: Records) -> _Texts:
+        """The different threads of records, and which of them each has."""
+        known = (records["flags"] & RecordFlag.PROCESS_KNOWN) != 0
+        if not known.any():
+            return [""], np.zeros(len(records), np.intp)
+        # As no thread has such a number, 0 stands for those that are not known.
+        keys = np.where(known, (records["process"].astype(np.uint64) << np.uint64(32) | records["thread"]) + np.uint64(1), 0)
+        unique, which = np.unique(keys, return_inverse=True)
+        texts = [names.thread((key - 1) >> 32, (key - 1) & 0xFFFF_FFFF) if key else "" for key in unique.tolist()]
+        return texts, which
+
+    def _tail(self, time_width: int, mark: str, *others: str) -> str:
+        """What comes behind RIP; ``mark`` is the part that is to be coloured."""
+        used, tail = time_width + _FIXED, ""
+        for text in (mark, *others):
+            if not text:
+                continue
+            before = "  "
+            if self.width is not None and used + len(before) + len(text) > self.width:
+                used, before = 0, f"\n{' ' * _INDENT}"
+            used += len(before.lstrip("\n")) + len(text)
+            tail += self._part(before, text, is_mark=text is mark)
+        return tail
 
     def lines(self, records: Records) -> str:
         """All of them, each with a newline at the end.
@@ -88,7 +129,6 @@ class Columns:
         count = len(records)
         if count < _FEW:
             return "".join(f"{self.line(trap)}\n" for trap in traps_of(records))
-        skipped = (records["flags"] & RecordFlag.SKIPPED) != 0
         cores, core_of = np.unique(records["vcpu"], return_inverse=True)
         whats = list(_WHAT)
         what_of = (records["stage"].astype(np.intp) - 1) * 2 + records["access"].astype(np.intp) - 1
@@ -96,9 +136,10 @@ class Columns:
         values[what_of == whats.index((Stage.PRE, Access.RDMSR))] = _table([_NO_VALUE])
         rips = _hex(records["rip"], 8)
         rips[(records["rip"] == 0) & (records["length"] == 0) & (records["stage"] == Stage.POST)] = _table([_NO_VALUE])
+        times = self._times(records["time_ns"])
         parts: list[str | _Bytes] = [
             self._dim,
-            self._times(records["time_ns"]),
+            times,
             f"{self._plain}  ",
             _table(f"{core:<{_CORE}x}" for core in cores.tolist())[core_of],
             "  ",
@@ -110,20 +151,52 @@ class Columns:
             "  ",
             rips,
         ]
-        faulted = (records["flags"] & (RecordFlag.FAULTED | RecordFlag.SKIPPED)) == RecordFlag.FAULTED
-        for marked, text in ((skipped, _SHORT_CIRCUITED), (faulted, _FAULTED)):
-            if marked.any():
-                mark = _table([f"{self._mark}{text}{self._plain}"])
-                parts.append(np.where(marked[:, np.newaxis], mark, np.uint8(0)))
-        texts, text_of = self._meanings.of_all(records)
-        if width := max(map(len, texts)):
-            # What is shorter than the longest is filled up with NULs, which are taken out in the end.
-            parts.append(_table(f"  {text}".ljust(width + 2, "\0") if text else "\0" * (width + 2) for text in texts)[text_of])
+        columns = self._columns(records)
+        # Where nothing has to fit, each part is looked up by itself; else each different end of a line is made once.
+        for texts, text_of in columns if self.width is None else [self._tails(columns, times.shape[1])]:
+            if width := max(map(len, texts)):
+                # What is shorter than the longest is filled up with NULs, which are taken out in the end.
+                parts.append(_table(text.ljust(width, "\0") for text in texts)[text_of])
         parts.append("\n")
-        columns = [
+        arrays = [
             np.broadcast_to(_table([part]), (count, len(part))) if isinstance(part, str) else part for part in parts if len(part)
         ]
-        return np.concatenate(columns, axis=1).tobytes().translate(None, b"\0").decode("ascii")
+        return np.concatenate(arrays, axis=1).tobytes().translate(None, b"\0").decode("ascii")
+
+    def _columns(self, records: Records) -> list[_Texts]:
+        """What the ends of the lines are made of; where nothing has to fit, as it stands there."""
+        skipped, faulted = ((records["flags"] & flag) != 0 for flag in (RecordFlag.SKIPPED, RecordFlag.FAULTED))
+        columns = [
+            (["", _FAULTED, _SHORT_CIRCUITED], np.where(skipped, 2, faulted.astype(np.intp))),
+            self._meanings.of_all(records),
+        ]
+        if self._names:
+            columns += [self._names.of_all(records["rip"]), self._threads(self._names, records)]
+        if self.width is not None:
+            return columns
+        return [
+            ([self._part("  ", text, is_mark=number == 0) if text else "" for text in texts], text_of)
+            for number, (texts, text_of) in enumerate(columns)
+        ]
+
+    def _tails(self, columns: Sequence[_Texts], time_width: int) -> _Texts:
+        """The different ends of lines, and which of them each has."""
+        combined = np.zeros(len(columns[0][1]), np.intp)
+        for texts, which in columns:
+            combined = combined * len(texts) + which
+        unique, tail_of = np.unique(combined, return_inverse=True)
+        tails = []
+        for number in unique.tolist():
+            chosen: list[str] = []
+            rest = number
+            for texts, _ in reversed(columns):
+                rest, index = divmod(rest, len(texts))
+                chosen.insert(0, texts[index])
+            tails.append(self._tail(time_width, *chosen))
+        return tails, tail_of
+
+    def _part(self, before: str, text: str, *, is_mark: bool) -> str:
+        return f"{self._mark}{before}{text}{self._plain}" if is_mark else f"{before}{text}"
 
     def _start(self, first_ns: int) -> int:
         if self._started_ns is None:
@@ -161,7 +234,12 @@ def stop_text(debugger: Debugger, stop: Stop, syntax: Syntax, *, colour: bool = 
     """Why the machine does not run any more and where it stands; called while it is halted at that stop."""
     bold, plain = (_BOLD, _PLAIN) if colour else ("", "")
     if stop.trap is not None:
-        parts = _break_heading(stop.trap), _break_meaning(stop.trap), _break_place(debugger, stop.trap, syntax)
+        parts = (
+            _break_heading(stop.trap),
+            _break_meaning(stop.trap),
+            _break_place(debugger, stop.trap, syntax),
+            _break_names(debugger, stop.trap),
+        )
         return "\n".join((f"{bold}{parts[0]}{plain}", *filter(None, parts[1:])))
     if stop.reason is StopReason.ENDED:
         return f"{bold}{exit_text(stop.exit_status, debugger.target.vmm)}{plain}"
@@ -208,6 +286,19 @@ def _break_place(debugger: Debugger, trap: Trap, syntax: Syntax) -> str:
         return f"done  {text}\n{_rip_line(debugger, syntax)}   <- {after}"
     except VmexitError:  # somebody has let it run on
         return f"{'RIP ' if trap.stage == Stage.PRE else 'done'}  {address_text(trap.rip)}"
+
+
+def _break_names(debugger: Debugger, trap: Trap) -> str:
+    """Which function that is, what called it, and which thread executes it, as far as it is known."""
+    guest = debugger.guest
+    if not guest.is_known:
+        return ""
+    try:
+        place, caller, task = guest.name_of(trap.rip), guest.caller(trap.core), guest.current(trap.core)
+    except VmexitError:  # as above
+        return ""
+    lines = [f"in    {place}{f' <- {caller}' if caller else ''}"] if place else []
+    return "\n".join((*lines, f"by    {task}") if task else lines)
 
 
 def _rip_line(debugger: Debugger, syntax: Syntax) -> str:

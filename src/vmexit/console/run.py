@@ -64,6 +64,8 @@ class Options:
     qemu: str = DEFAULT_QEMU
     given: Help = field(default_factory=Help)
     """Files that help to recognise the guest."""
+    recognises: bool = True
+    """Whether it is recognised by itself."""
     accelerator: str = TCG
     vmm: str | None = None
     """Another VMM than QEMU."""
@@ -155,6 +157,8 @@ class _Run:
         self._has_prompt = has_prompt
         self._session = Session(debugger, screen.write, self)
         self._session.guest.given = options.given
+        if not options.recognises:
+            debugger.recognition.enabled = False
         self._session.records = tape is not None
         self._output = output
         self._feed = Feed(self._session, screen, output, shows_records=tape is None)
@@ -211,6 +215,9 @@ class _Run:
     def run(self) -> int:
         """All of it; gives the exit status."""
         try:
+            if self._target.found_running is not None:
+                self._debugger.recognition.at_attach()
+                self._feed.flush()
             if not self._carry_out_given():
                 return 1
             if self._tape is not None:

@@ -63,6 +63,14 @@ class Screen:
             else:
                 self._open_lines.add(self._places[fd])
 
+    @property
+    def width(self) -> int | None:
+        """Columns of a terminal; None: it is none, or does not say."""
+        try:
+            return (os.get_terminal_size(self._out).columns or None) if self.is_terminal else None
+        except OSError:
+            return None
+
     def clear(self) -> None:
         """Clears a terminal."""
         if self.is_terminal:

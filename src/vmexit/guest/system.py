@@ -184,6 +184,12 @@ class System(Protocol):
     def is_still_there(self) -> bool:
         """Whether this kernel is still in memory."""
 
+    def is_same(self, other: Any, /) -> bool:
+        """Whether two are one kernel at one place."""
+
+    def is_entered_at(self, lstar: int) -> bool:
+        """Whether that can be the address which this kernel gives SYSCALL."""
+
     def describe(self) -> str:
         """One line: what runs, and how much is known of it."""
 
@@ -195,6 +201,19 @@ class System(Protocol):
 
     def address_of(self, name: str) -> int | None:
         """Of a symbol, plain or "module!symbol"; None: there is none."""
+
+    @property
+    def seen_modules(self) -> object:
+        """Those last seen: another object each time that they have been read."""
+
+    def look_at_modules(self) -> None:
+        """Reads them and their symbols, for ``known_name`` and ``known_address``."""
+
+    def known_name(self, address: int) -> Place | None:
+        """As ``name_of``, but without looking at the machine, which may run: by the modules last seen."""
+
+    def known_address(self, name: str) -> int | None:
+        """As ``address_of``, likewise."""
 
     def search(self, pattern: str) -> Iterator[tuple[Symbol, str]]:
         """Symbols whose name matches a pattern, each with its module."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from vmexit.script import tree, typed
 from vmexit.script.abi import constant
@@ -34,14 +34,14 @@ _MAX_FRAME = constant("MAX_FRAME")
 _MAX_GLOBALS = constant("MAX_GLOBALS")
 
 
-def check(script: tree.Script, known: GlobalTable) -> typed.Program:
-    """The typed tree; ScriptError where there is none. `known` is not changed: see Program.globals."""
-    return _Checker(script, known).program()
+def check(script: tree.Script, known: GlobalTable, symbol: Callable[[str], int | None]) -> typed.Program:
+    """The typed tree; ScriptError where there is none. `known` is not changed: see Program.globals. `symbol`: as for parse()."""
+    return _Checker(script, known, symbol).program()
 
 
 class _Checker(Values):
-    def __init__(self, script: tree.Script, known: GlobalTable) -> None:
-        super().__init__(known)
+    def __init__(self, script: tree.Script, known: GlobalTable, symbol: Callable[[str], int | None]) -> None:
+        super().__init__(known, symbol)
         self.script = script
         self.formats: list[Format] = []
         self.loops = 0

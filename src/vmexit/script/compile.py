@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from vmexit.script.abi import constant
 from vmexit.script.check import check
-from vmexit.script.errors import Place, ScriptError, ScriptRunError, Source
+from vmexit.script.errors import Place, ScriptError, ScriptRunError, Source, UnknownGuestError
 from vmexit.script.globals import GlobalTable
 from vmexit.script.lexer import MAX_TEXT
 from vmexit.script.parser import parse, parse_expression
@@ -67,6 +67,8 @@ class CompiledScript:
     """By the number of a fault's place, less 1."""
     globals: tuple[Global, ...]
     """All that it uses."""
+    symbols: Mapping[str, int]
+    """The guest's symbols that it names, and their addresses when it was compiled."""
     registers: Place | None
     """Where it first names one of the 16 general registers; None: nowhere."""
     asks_process: bool
@@ -98,8 +100,9 @@ def read_source(path: Path) -> Source:
 
 
 def no_symbols(name: str) -> int | None:
-    """Where nothing is known of the guest's symbols."""
-    del name
+    """Where there is no guest. Raises UnknownGuestError for what can only be a symbol."""
+    if "!" in name:
+        raise UnknownGuestError("there is no guest here")
     return None
 
 
@@ -118,7 +121,7 @@ class Compiler:
         """
         key = (text, name, show)
         kept = self._kept.get(key)
-        if kept is not None and all(self.globals.get(variable.name) == variable for variable in kept.globals):
+        if kept is not None and self._holds(kept):
             self._kept.move_to_end(key)
             return kept
         included: list[str] = []
@@ -130,6 +133,17 @@ class Compiler:
                 self._kept.popitem(last=False)
         return script
 
+    def _holds(self, script: CompiledScript) -> bool:
+        """Whether what the script names still is what it was when it was compiled."""
+        return self.has_same_symbols(script) and all(self.globals.get(variable.name) == variable for variable in script.globals)
+
+    def has_same_symbols(self, script: CompiledScript) -> bool:
+        """Whether the guest's symbols that the script names still are where they were when it was compiled."""
+        try:
+            return all(self._symbol(name) == address for name, address in script.symbols.items())
+        except UnknownGuestError:
+            return False
+
     def _compile(self, source: Source, included: list[str], show: str) -> CompiledScript:
         # LLVM takes a tenth of a second to load, which a debugger without scripts does not need.
         from vmexit.script.lower import ENTRY, lower
@@ -139,8 +153,16 @@ class Compiler:
             included.append(path)
             return read_include(path, asking)
 
-        parsed = parse_expression(source, self._symbol, show) if show else parse(source, read, self._symbol)
-        program = check(parsed, self.globals)
+        symbols: dict[str, int] = {}
+
+        def symbol(name: str) -> int | None:
+            address = self._symbol(name)
+            if address is not None:
+                symbols[name] = address
+            return address
+
+        parsed = parse_expression(source, symbol, show) if show else parse(source, read, symbol)
+        program = check(parsed, self.globals, symbol)
         everything = Place(source, 0, 0)
         try:
             text, places = lower(program, *triple_and_layout())
@@ -162,6 +184,7 @@ class Compiler:
             tuple(program.formats),
             tuple(places.places),
             tuple(program.globals),
+            symbols,
             places.general,
             places.asks_process,
         )

@@ -70,6 +70,10 @@ class _PlacedError(VmexitError):
         return self._shown().render()
 
 
+class UnknownGuestError(VmexitError):
+    """The guest's symbols are not known (yet); the message says why."""
+
+
 class ScriptError(_PlacedError):
     """A script that cannot be compiled."""
 

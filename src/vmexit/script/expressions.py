@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from vmexit.script import tree
 from vmexit.script.builtins import BUILTINS
-from vmexit.script.errors import Place, ScriptError, Source
+from vmexit.script.errors import Place, ScriptError, Source, UnknownGuestError
 from vmexit.script.lexer import Kind, Token, is_hex_word, tokens_of
 from vmexit.script.names import BARE_REGISTERS, KEYWORDS, PSEUDO, REGISTERS, did_you_mean
 from vmexit.script.types import TYPE_WORDS, VOID, Array, Pointer, Struct, Type, size_of, type_of_words
@@ -371,9 +371,12 @@ class Expressions:
         if is_hex_word(text):
             return tree.Number(token.place, int(text, 16) & 0xFFFF_FFFF_FFFF_FFFF)
         if "!" in text:
-            address = self.symbol(text)
+            try:
+                address, hint = self.symbol(text), None
+            except UnknownGuestError as error:
+                address, hint = None, str(error)
             if address is None:
-                raise ScriptError(f"the symbol '{text}' is not known", token.place)
+                raise ScriptError(f"the symbol '{text}' is not known", token.place, hint)
             return tree.Number(token.place, address)
         if self.is_sign("("):
             return self.call(token)

@@ -20,7 +20,7 @@ def parse(source: Source, read: Callable[[str, Source], Source], symbol: Callabl
     """The syntax tree of a script.
 
     `read(path, from)` gives the source that an ``#include`` names, once a path; it raises VmexitError or OSError. `symbol`
-    gives the address of a name with ``!`` in it, or None. Raises ScriptError.
+    gives the address of a symbol of the guest's, or None; it raises UnknownGuestError. Raises ScriptError.
     """
     return _Parser(source, read, symbol).script()
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NoReturn
 
 from vmexit.script import tree, typed
 from vmexit.script.builtins import BUILTINS, Builtin, How, Take
-from vmexit.script.errors import Place, ScriptError
+from vmexit.script.errors import Place, ScriptError, UnknownGuestError
 from vmexit.script.globals import GlobalTable
 from vmexit.script.names import PSEUDO, REGISTERS, did_you_mean
 from vmexit.script.types import (
@@ -39,11 +40,12 @@ _ONLY_INT = frozenset({"%", "&", "|", "^", "<<", ">>"})
 class Values:
     """What is known at one place of a script, and the checking of its expressions."""
 
-    def __init__(self, known: GlobalTable) -> None:
+    def __init__(self, known: GlobalTable, symbol: Callable[[str], int | None]) -> None:
         self.constants = bytearray()
         self.texts: dict[tuple[bytes, bool], int] = {}
         self.globals: dict[str, typed.Global] = {}
         self.known = known
+        self.symbol = symbol
         self.functions: dict[str, typed.Function] = {}
         self.function = typed.Function("", VOID)
         self.scope: dict[str, typed.Local] = {}
@@ -132,6 +134,8 @@ class Values:
                 return typed.PseudoValue(node.place, PSEUDO[node.name], node.name)
             case tree.Unary(sign="&"):
                 return self.address_of(node.operand, node.place)
+            case tree.Name() if (address := self.symbol_of(node)) is not None:
+                return typed.Const(node.place, LITERAL, address - (1 << 64) if address >> 63 else address)
             case (
                 tree.Unary(sign="*")
                 | tree.Name()
@@ -322,13 +326,33 @@ class Values:
             case _:
                 raise ScriptError("this is a value, but a variable, register or element is wanted", node.place)
 
+    def symbol_of(self, node: tree.Name) -> int | None:
+        """The address of the guest's symbol of that name, where the script has nothing of that name."""
+        if node.name in self.scope or node.name in self.functions:
+            return None
+        try:
+            return self.symbol(node.name)
+        except UnknownGuestError:
+            return None
+
+    def no_symbol_because(self, node: tree.Name) -> str:
+        """Why no symbol is known of that name, where that is not its own fault; else empty."""
+        try:
+            self.symbol(node.name)
+        except UnknownGuestError as error:
+            return str(error)
+        return ""
+
     def unknown(self, node: tree.Name) -> ScriptError:
         if node.name in self.functions:
             return ScriptError(f"'{node.name}' is a function", node.place, f"call it: {node.name}(...)")
         hint = did_you_mean(node.name, [*self.scope, *self.functions, *REGISTERS])
         if hint is None and self.function.name and node.name in (name.lstrip(".") for name in self.globals):
             hint = f"a global variable has a dot: .{node.name}"
-        return ScriptError(f"'{node.name}' has no value yet", node.place, hint or "assign one first")
+        if hint is None:
+            reason = self.no_symbol_because(node)
+            hint = f"assign one first; as for symbols, {reason}" if reason else "assign one first"
+        return ScriptError(f"'{node.name}' has no value yet", node.place, hint)
 
     def global_(self, node: tree.Global) -> typed.Target:
         variable = self.globals.get(node.name)

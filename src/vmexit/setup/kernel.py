@@ -2,7 +2,7 @@
 
 Nothing is installed and nothing here needs root: the package is downloaded, checked by APT against Debian's
 signatures, and the few files needed are copied out of it.  `python -m vmexit.setup.kernel` does just that and
-prints the image's path.
+prints the image's path; with `--newer` it does so for the one in Debian's backports, which tests boot besides.
 """
 
 from __future__ import annotations
@@ -27,9 +27,12 @@ from vmexit.folders import cache_folder as users_cache
 
 METAPACKAGE = "linux-image-cloud-amd64"
 VARIABLE = "VMEXIT_KERNEL"
+BACKPORTS = "backports"
 MODULES = ("msr",)
 """The kernel modules that are copied out of the package along with the image, without their .ko."""
 
+_KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+"""Debian's own keys (package debian-archive-keyring)."""
 _OWN = f"or name a kernel of your own with {VARIABLE}=path"
 _IMAGE_MEMBER = re.compile(r"(?:\./)?boot/vmlinuz-(?P<release>[^/]+)")
 _MODULE_MEMBER = re.compile(rf"(?:\./)?(?:usr/)?lib/modules/[^/]+/.*/(?P<name>{'|'.join(MODULES)})\.ko(?P<packing>\.xz)?")
@@ -69,10 +72,26 @@ def find_kernel(explicit: Path | None = None) -> Kernel:
         raise VmexitError(f"cannot keep a kernel in {folder}: {error.strerror or error}") from None
 
 
-def cached_kernel() -> Kernel | None:
-    """Return the kernel downloaded last, or None; needs no network and no lock."""
+def find_newer_kernel() -> Kernel:
+    """Return the cloud kernel of Debian's backports, the cached one if there is one.
+
+    Uses the network and raises as `find_kernel`, also where what the backports have is packaged in another way.
+    """
+    folder = newer_folder()
+    if (kernel := cached_kernel(folder)) is not None:
+        return kernel
     try:
-        folders = [entry for entry in cache_folder().iterdir() if not entry.name.startswith(".")]
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder / ".lock"):
+            return cached_kernel(folder) or _download(folder, BACKPORTS)
+    except OSError as error:
+        raise VmexitError(f"cannot keep a kernel in {folder}: {error.strerror or error}") from None
+
+
+def cached_kernel(cache: Path | None = None) -> Kernel | None:
+    """Return the kernel downloaded last, or None; needs no network and no lock.  `cache`: by default `cache_folder`."""
+    try:
+        folders = [entry for entry in (cache or cache_folder()).iterdir() if not entry.name.startswith(".")]
         folders.sort(key=lambda entry: entry.stat().st_mtime_ns, reverse=True)
     except OSError:
         return None
@@ -87,6 +106,11 @@ def cached_kernel() -> Kernel | None:
 def cache_folder() -> Path:
     """Return the folder that holds one folder a kernel, named by its package's version; it need not exist."""
     return users_cache() / "kernel"
+
+
+def newer_folder() -> Path:
+    """Return the folder of the same kind for `find_newer_kernel`."""
+    return users_cache() / "newer-kernel"
 
 
 def read_release(image: Path) -> str:
@@ -122,8 +146,11 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _download(folder: Path) -> Kernel:
-    """Download and unpack Debian's kernel into a folder of its own below `folder`; the lock is held."""
+def _download(folder: Path, pocket: str = "") -> Kernel:
+    """Download and unpack Debian's kernel into a folder of its own below `folder`; the lock is held.
+
+    `pocket`: a part of the archive that the machine need not use itself, "backports".
+    """
     for tool in ("apt-get", "apt-cache", "dpkg-deb"):
         if shutil.which(tool) is None:
             _give_up(f"no kernel to boot, and none to download: this is not a Debian ({tool} is missing)")
@@ -131,14 +158,16 @@ def _download(folder: Path) -> Kernel:
         shutil.rmtree(leftover, ignore_errors=True)  # of a download that was killed: there is one at a time
     with tempfile.TemporaryDirectory(prefix=".new-", dir=folder) as name:
         work = Path(name)
-        apt = _Apt(work)
+        apt = _Apt(work, pocket)
         # What apt knows may be missing (a fresh machine) or old (the file has gone from the server).
-        package = apt.resolve()
+        package = None if pocket else apt.resolve()
         deb = apt.download(package) if package else None
         if deb is None:
             reached = apt.update()
             if not reached:
                 complaint = apt.complaint
+                if pocket:
+                    _give_up(f"cannot download a kernel of Debian's {pocket}: {complaint}")
             package = apt.resolve()
             if package is None and not reached:
                 _give_up(f"cannot download Debian's kernel (no network?): {complaint}")
@@ -153,7 +182,7 @@ def _download(folder: Path) -> Kernel:
         if target.exists():
             shutil.rmtree(target)  # it holds no kernel, or there would be nothing to download
         ready.rename(target)
-    kernel = cached_kernel()
+    kernel = cached_kernel(folder)
     if kernel is None:
         _give_up(f"the package {deb.name} holds no kernel that can be booted")
     return kernel
@@ -195,9 +224,10 @@ def _unpack(deb: Path, target: Path) -> None:
 class _Apt:
     """The APT of this machine, asked without changing anything of it."""
 
-    def __init__(self, work: Path) -> None:
-        """`work` takes the downloads and, after update(), package lists that are ours alone."""
+    def __init__(self, work: Path, pocket: str = "") -> None:
+        """`work` takes the downloads and, after update(), package lists that are ours alone: of `pocket`, if that is given."""
         self.work = work
+        self._pocket = pocket
         self.complaint = ""
         self._options: list[str] = []
         if os.geteuid() == 0:
@@ -238,8 +268,28 @@ class _Apt:
             "-o",
             f"Dir::Cache={self.work / 'cache'}",
         ]
+        if self._pocket and not self._use_pocket():
+            return False
         # APT ends with 0 even when no server was reached, unless told otherwise.
         return self._run("apt-get", "update", "-q", "-o", "APT::Update::Error-Mode=any") is not None
+
+    def _use_pocket(self) -> bool:
+        """Have APT use nothing but the pocket, from where this machine has Debian itself."""
+        filters = ("Created-By: Packages", "Component: main", "Origin: Debian", "Label: Debian")
+        with_own_lists, self._options = self._options, self._options[:-4]
+        output = self._run("apt-get", "indextargets", "--format", "$(CODENAME) $(REPO_URI)", *filters) or ""
+        self._options = with_own_lists
+        # "bookworm-updates" and the like are pockets themselves.
+        found = [words for line in output.splitlines() if len(words := line.split()) == 2 and "-" not in words[0]]
+        if not found:
+            self.complaint = f"the APT sources here name no Debian whose {self._pocket} there could be"
+            return False
+        codename, address = found[0]
+        options = f"[signed-by={_KEYRING}] " if _KEYRING.exists() else ""
+        source = self.work / "source.list"
+        source.write_text(f"deb {options}{address} {codename}-{self._pocket} main\n")
+        self._options += ["-o", f"Dir::Etc::SourceList={source}", "-o", "Dir::Etc::SourceParts=-"]
+        return True
 
     def _run(self, program: str, *arguments: str) -> str | None:
         """Run a program in the work folder; return its output, or None with `complaint` set when it fails."""
@@ -279,7 +329,7 @@ def _give_up(reason: str) -> NoReturn:
 def main() -> int:
     """Have a kernel ready and print its path; 1 and one line when there is none."""
     try:
-        print(find_kernel().image)
+        print((find_newer_kernel() if "--newer" in sys.argv[1:] else find_kernel()).image)
     except VmexitError as error:
         print(f"vmexit: {error}", file=sys.stderr)
         return 1

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from vmexit.guest.linux.btf import Btf
 from vmexit.guest.linux.modules import Module, read_module_symbols, read_modules
 from vmexit.guest.linux.processes import Task, Tasks
 from vmexit.guest.linux.profile import Profile, ProfileError
 from vmexit.guest.linux.recipe import Recipe
-from vmexit.guest.linux.slide import KERNEL_MAP, Placement
+from vmexit.guest.linux.slide import KERNEL_MAP, Placement, lstar_slide
 from vmexit.guest.memory import UnreadableError, VirtualMemory
 from vmexit.guest.symbols import KERNEL, Place, Symbol, Symbols
 
@@ -42,7 +42,8 @@ class Linux:
             if (start := profile.symbols.find(first)) is not None and (end := profile.symbols.find(last)) is not None
         ]
         self._places: dict[int, Place] = {}
-        self._modules: list[Module] | None = None
+        self._modules: list[Module] = []
+        self._modules_hold = False
         self._module_bases: list[int] = []
         self._module_symbols: dict[Module, Symbols] = {}
 
@@ -70,7 +71,17 @@ class Linux:
         """The machine has run, or somebody has changed its memory."""
         self.memory.forget()
         self.tasks.forget()
-        self._modules = None
+        self._modules_hold = False
+
+    def is_same(self, other: object) -> bool:
+        """Whether two are one kernel at one place."""
+        if not isinstance(other, Linux):
+            return False
+        return self.placement == other.placement and self.profile.banner == other.profile.banner
+
+    def is_entered_at(self, lstar: int) -> bool:
+        """Whether that is the address which this kernel gives SYSCALL."""
+        return lstar_slide(self.profile, lstar) == self.slide
 
     def is_still_there(self) -> bool:
         """Whether this kernel is still in memory: it is not after a reset, nor after kexec."""
@@ -93,13 +104,14 @@ class Linux:
     @property
     def modules(self) -> list[Module]:
         """By their address; those that are loaded at this stop. Empty where the list cannot be found."""
-        if self._modules is None:
+        if not self._modules_hold:
             try:
                 found = read_modules(self.profile, self.slide, self.memory)
             except ProfileError:
                 found = []
             self._modules = sorted(found, key=lambda module: module.base)
             self._module_bases = [module.base for module in self._modules]
+            self._modules_hold = True
         return self._modules
 
     def module_symbols(self, module: Module) -> Symbols:
@@ -121,6 +133,26 @@ class Linux:
             return place
         if not self._start <= address < self._end:
             return self._in_module(address)
+        return self._in_kernel(address)
+
+    def known_name(self, address: int) -> Place | None:
+        """The same without looking at the machine, which may run: a module's where it was among those last seen."""
+        if self._start <= address < self._end:
+            return self._places.get(address) or self._in_kernel(address)
+        module = self._module_of(self._modules, address)
+        return self._place(module, self._module_symbols.get(module), address) if module else None
+
+    @property
+    def seen_modules(self) -> list[Module]:
+        """Those last seen, without looking at the machine: another list each time that they have been read."""
+        return self._modules
+
+    def look_at_modules(self) -> None:
+        """Reads them and their symbols, so that ``known_name`` and ``known_address`` know them when the machine runs again."""
+        for module in self.modules:
+            self.module_symbols(module)
+
+    def _in_kernel(self, address: int) -> Place | None:
         found = self.profile.symbols.at(address - self.slide)
         if found is None:
             return None
@@ -131,7 +163,9 @@ class Linux:
 
     def module_at(self, address: int) -> Module | None:
         """The module whose code or data an address is."""
-        modules = self.modules
+        return self._module_of(self.modules, address)
+
+    def _module_of(self, modules: list[Module], address: int) -> Module | None:
         index = bisect_right(self._module_bases, address) - 1
         if index < 0 or address >= modules[index].base + modules[index].size:
             return None
@@ -146,7 +180,11 @@ class Linux:
         module = self.module_at(address)
         if module is None:
             return None
-        found = self.module_symbols(module).at(address)
+        return self._place(module, self.module_symbols(module), address)
+
+    @staticmethod
+    def _place(module: Module, symbols: Symbols | None, address: int) -> Place:
+        found = symbols.at(address) if symbols is not None else None
         # A symbol below the module is none of its code: an absolute one.
         if found is None or address - found[1] < module.base:
             return Place(module.name, address - module.base, module.name)
@@ -154,6 +192,13 @@ class Linux:
 
     def address_of(self, name: str) -> int | None:
         """Of a symbol: "schedule", "kernel!schedule", "msr!msr_write"; the kernel's own go first. None: there is none."""
+        return self._address_of(name, lambda: self.modules)
+
+    def known_address(self, name: str) -> int | None:
+        """The same without looking at the machine: a module's where it was among those last seen."""
+        return self._address_of(name, lambda: [module for module in self._modules if module in self._module_symbols])
+
+    def _address_of(self, name: str, modules: Callable[[], list[Module]]) -> int | None:
         module, has_module, symbol = name.rpartition("!")
         if not has_module or module.lower() in _KERNEL_NAMES:
             address = self.profile.symbols.find(symbol)
@@ -161,7 +206,7 @@ class Linux:
                 return self._moved(address)
             if has_module:
                 return None
-        for loaded in self.modules:
+        for loaded in modules():
             if not has_module or loaded.name == module:
                 address = self.module_symbols(loaded).find(symbol)
                 if address is not None:

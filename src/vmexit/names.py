@@ -1,0 +1,56 @@
+"""Names of the places in the guest that records tell of: each looked up once, and also while the guest runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from vmexit.debugger import Debugger
+
+_MOST = 1 << 16
+
+
+class Names:
+    """What is at an address: "native_write_msr+0x4 [kernel]"; "" where that is not known.
+
+    Nothing is asked of the machine for that. Of modules it knows those that were loaded when the guest was last looked at, at a
+    stop or by a callback.
+    """
+
+    def __init__(self, debugger: Debugger) -> None:
+        self._debugger = debugger
+        self._texts: dict[int, str] = {}
+        self._seen: object = None
+
+    def of(self, address: int) -> str:
+        """Of one address."""
+        guest = self._debugger.guest
+        if guest.seen is not self._seen or len(self._texts) >= _MOST:
+            self._texts.clear()
+            self._seen = guest.seen
+        text = self._texts.get(address)
+        if text is None:
+            place = guest.known_name(address)
+            text = self._texts[address] = _ascii(str(place)) if place else ""
+        return text
+
+    def thread(self, pid: int, tid: int) -> str:
+        """A thread by the numbers in a record: "pid 5e tid 5f worker"; its name as far as it was told."""
+        name = self._debugger.thread_names.get(pid, tid)
+        return f"pid {pid:x}{f' tid {tid:x}' if tid != pid else ''}{f' {_ascii(name)}' if name else ''}"
+
+    def of_all(self, addresses: npt.NDArray[np.uint64]) -> tuple[list[str], npt.NDArray[np.intp]]:
+        """The different names of one address or more, and which of them each has."""
+        # Traps come from few places, and many in a row from the same.
+        if (addresses == addresses[0]).all():
+            return [self.of(int(addresses[0]))], np.zeros(len(addresses), np.intp)
+        unique, which = np.unique(addresses, return_inverse=True)
+        return [self.of(address) for address in unique.tolist()], which
+
+
+def _ascii(text: str) -> str:
+    """With nothing in it that is more than one byte in a table of lines."""
+    return text if text.isascii() else text.encode("ascii", "backslashreplace").decode()

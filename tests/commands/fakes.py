@@ -178,6 +178,9 @@ class FakeLink:
         self._check_halted()
         return list(self.values[vcpu].values())
 
+    def register(self, vcpu: int, number: int) -> int:
+        return self.registers(vcpu)[number]
+
     def set_register(self, vcpu: int, number: int, value: int) -> None:
         self._check_halted()
         self.values[vcpu][number] = value

@@ -29,7 +29,7 @@ def typist() -> Iterator[Typist]:
     [
         ("!msr", ["!msrwrite", "!msrread"]),
         ("!MSRW", ["!msrwrite"]),
-        (".", [".process", ".thread", ".status", ".script", ".cls", ".help", ".exit"]),
+        (".", [".process", ".thread", ".attach", ".detach", ".status", ".script", ".cls", ".help", ".exit"]),
         ("  ev", ["events", "eval"]),
         ("zz", []),
         ("zz ", []),

@@ -118,7 +118,9 @@ class _Demo:
 
     def run(self, debugger: Debugger) -> Stop:
         """Traps everything from the first instruction to the last."""
-        self.everything = debugger.on_msr_write(immediate=True)
+        self._columns = Columns(names=debugger.names)
+        debugger.recognition.on_line = lambda line: self._screen.print(f"vmexit| {line}")
+        self.everything = debugger.on_msr_write(immediate=True, with_process=True)
         debugger.on_msr_write(MISC_ENABLE, self.meddle)
         debugger.listeners.append(self.on_traps)
         self._screen.print(self._columns.heading())

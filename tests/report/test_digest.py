@@ -16,6 +16,7 @@ from vmexit.link.wire import Access, RecordFlag, Stage
 from vmexit.report import changes, digest
 from vmexit.report.counting import Codes, Tally
 from vmexit.report.digest import OTHERS, Digest
+from vmexit.report.facts import Facts
 from vmexit.report.reader import RecordingFile
 from vmexit.report.table import table
 
@@ -226,6 +227,20 @@ def test_the_table_of_processes(tmp_path: Path) -> None:
         ["unknown", "1", "20.0%", "0"],
         ["77", "1", "20.0%", "0"],
     ]
+
+
+def test_places_are_named_once_they_are_known(tmp_path: Path, digest_of: Digests) -> None:
+    asked: list[int] = []
+
+    def place_of(rip: int) -> str:
+        asked.append(rip)
+        return "" if rip == 0x2000 or len(asked) == 1 else f"function+{rip:#x} [kernel]"
+
+    first = records_of([trap(0x10, 1, rip=0x1000)] * 0x10000)
+    later = records_of([trap(0x10, 2, rip=0x1000), trap(0x10, 3, rip=0x2000)] * 2, start=len(first))
+    facts = Facts(digest_of(record(tmp_path / "r", first, later, place_of=place_of)))
+    assert (facts.place(0x1000), facts.place(0x2000)) == ("function+0x1000 [kernel]", "")
+    assert asked[0] == 0x1000 and len(asked) <= 4  # once a block at most, not once a trap
 
 
 def test_long_tables_are_cut(tmp_path: Path) -> None:

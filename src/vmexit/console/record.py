@@ -55,6 +55,7 @@ class Tape:
         if looks is None:
             # A process is called as its first thread is.
             self._recorder.name_of = lambda pid, tid: names.get(pid, pid) or names.get(pid, tid)
+            self._recorder.place_of = debugger.names.of
         elif looks.names_processes:
             self._recorder.name_of = _name_of
         self._info = {

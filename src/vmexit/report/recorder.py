@@ -27,6 +27,8 @@ _IN_BLOCK = 1 << 16
 """Traps of a block, at most."""
 _MOST_WAITING = 1 << 19
 """Records that wait to be written; whoever brings more waits too, and the guest with it."""
+_MOST_PLACES = 1 << 14
+"""So many places are named; a guest can execute WRMSR anywhere."""
 _LEFT_OUT = frozenset({"action", "script", "text"})
 """Fields of a record that say nothing of a trap that was recorded."""
 
@@ -44,6 +46,8 @@ class Recorder:
         self.path = path
         self.name_of: Namer | None = None
         """Gives a process's name from its number and that of one of its threads; called by the thread that writes."""
+        self.place_of: Callable[[int], str] = lambda rip: ""
+        """Gives the name of an address, "" where it is not known; called by the same thread."""
         self.lost: Callable[[], int] = lambda: 0
         """Gives how many records were lost so far; called by any thread."""
         self.traps = 0
@@ -55,6 +59,7 @@ class Recorder:
         self._waiting_count = 0
         self._news: list[Mapping[str, Any]] = []
         self._named: dict[int, str] = {}
+        self._placed: set[int] = set()
         self._failure: Exception | None = None
         self._changed = threading.Condition()
         self._is_closing = False
@@ -172,6 +177,7 @@ class Recorder:
     def _put_traps(self, records: Records) -> None:
         columns: dict[str, Numbers] = {name: records[name] for name in records.dtype.names or () if name not in _LEFT_OUT}
         self._name_processes(columns)
+        self._name_places(records["rip"])
         self._put(fileformat.traps_block(columns, self.lost()))
         self.traps += len(records)
 
@@ -188,6 +194,17 @@ class Recorder:
                 self._named[pid] = names[str(pid)] = name
         if names:
             self._put(fileformat.text_block(fileformat.INFO, {"processes": names}))
+
+    def _name_places(self, rips: Numbers) -> None:
+        """Traps come from few places; each is named once, as soon as its name is known."""
+        if len(self._placed) >= _MOST_PLACES:
+            return
+        different = rips[:1] if (rips == rips[0]).all() else np.unique(rips)
+        new = set(different.tolist()) - self._placed
+        names = {f"{rip:x}": name for rip in new if (name := self.place_of(rip))}
+        if names:
+            self._placed |= {int(rip, 16) for rip in names}
+            self._put(fileformat.text_block(fileformat.INFO, {"symbols": names}))
 
     def _put(self, data: bytes) -> None:
         """Writes all of it, or leaves the file as it was before."""

@@ -170,7 +170,7 @@ class TestFiles:
             assert 0 < output.sent < COUNT and output.sent + output.waiting == COUNT
             half = (disk / "log").read_bytes()
             assert half.endswith(b"\n") and half.splitlines() == lines(COUNT)[: output.sent]
-            assert any("No space left" in line for line in debugger.outputs.news())
+            wait_until(lambda: any("No space left" in line for line in debugger.outputs.news()), "what the user is told")
             (disk / "ballast").unlink()
             subprocess.run(["mount", "-o", "remount,size=1m", str(disk)], check=True)
             wait_until(lambda: output.waiting == 0, "everything to be written")

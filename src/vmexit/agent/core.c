@@ -225,8 +225,10 @@ static struct table *make_table(const struct vmexit_event *events, size_t count)
     table->apart = has_own ? events[0].ranges[0].first : UINT64_MAX;
     table->quick_half = is_quick(events, count) ? (int64_t)(core.half_mask - count) : -1;
     table->quick_used = core.ring_mask + 1 - count;
-    for (size_t i = 0; i < count; i++)
+    for (size_t i = 0; i < count; i++) {
         table->asks_for_task |= event_asks_for_task(&events[i]);
+        table->has_post |= (events[i].stages & VMEXIT_POST) != 0;
+    }
     struct rule *rule = table->rules = (struct rule *)(table->events + count);
     for (size_t i = 0; i < count; i++) {
         const struct vmexit_event *event = &events[i];
@@ -715,13 +717,19 @@ static bool act(struct trap *trap, struct vcpu *vcpu, const struct table *table,
     return halt && publish(trap, vcpu, event, VMEXIT_BREAK, progress->skip ? VMEXIT_SKIPPED : 0, NULL) != UINT64_MAX;
 }
 
+/* The debugger's own event, which is the first, need not be looked at for any MSR but its own. */
+static size_t first_event(const struct table *table, const struct trap *trap)
+{
+    return table->apart <= UINT32_MAX && table->apart != trap->msr;
+}
+
 enum verdict core_pre(struct trap *trap, struct progress *progress)
 {
     struct vcpu *vcpu = &core.vcpus[trap->vcpu];
     const struct table *table = table_enter(vcpu);
     trap->stage = VMEXIT_PRE;
     trap->before.again = progress->after == PROGRESS_DONE;
-    for (size_t i = 0; i < table->count && table->events[i].id <= progress->limit; i++) {
+    for (size_t i = first_event(table, trap); i < table->count && table->events[i].id <= progress->limit; i++) {
         const struct vmexit_event *event = &table->events[i];
         const bool has_acted = progress->after != 0 && event->id <= progress->after;
         /* One that compares with the value of before has to see that one, even if it has acted before a break. */
@@ -742,7 +750,7 @@ enum verdict core_pre(struct trap *trap, struct progress *progress)
     progress->after = PROGRESS_DONE;
     trap->wants_post = false;
     /* All that will compare the value with the one of before have to see that one now. */
-    for (size_t i = 0; i < table->count && !progress->skip; i++)
+    for (size_t i = 0; table->has_post && i < table->count && !progress->skip; i++)
         if (!trap->wants_post || table->events[i].changes)
             trap->wants_post |= matches(&table->events[i], trap, VMEXIT_POST);
     if (!progress->skip)

@@ -33,6 +33,7 @@ struct table {
     int64_t quick_half;
     uint64_t apart; /* the MSR of the debugger's own event, which is no quick matter; beyond 32 bits where there is none */
     bool asks_for_task; /* one of the events does */
+    bool has_post; /* one of them has a stage post */
     const struct rule *rules_end;
     struct rule *rules;
     size_t count;

@@ -10,14 +10,16 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.console.vmexits import TIME_S, children, is_alive, run, vmexit
-from tests.guests.build import OK_STATUS
-from tests.machines import guest_arguments, linux_arguments
+from tests.guests.build import OK_STATUS, build
+from tests.machines import guest_arguments, linux_arguments, need_kvm
+from tests.vmm import build_vmm, vmm_arguments
 from vmexit.report.fileformat import RecordingError
 from vmexit.report.reader import RecordingFile
 
@@ -276,6 +278,24 @@ def test_the_host(tmp_path: Path) -> None:
     found, file = columns(path, "msr", "stage")
     assert file.is_whole and file.info["machine"]["target"] == "host" and set(found["stage"]) <= {2}
     assert run("report", str(path)).returncode == 0
+
+
+@pytest.mark.parametrize("target", ["attach", "watch"])
+def test_a_machine_of_kvms_that_runs_already(target: str, tmp_path: Path, processes: list[subprocess.Popen[str]]) -> None:
+    need_kvm()
+    path = tmp_path / "machine.rec"
+    command = [str(build_vmm()), *vmm_arguments(build("loop", COUNT=0xFFFF_FFFF), 1)]
+    vmm = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True)
+    processes.append(vmm)
+    done = run("record", "-o", str(path), "--seconds", "2", "-e", "!msrwrite", target, str(vmm.pid))
+    if done.returncode != 0 and any(word in done.stderr + done.stdout for word in ("tracefs", "pyinjector", "root")):
+        pytest.skip(f"not possible here: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
+    assert vmm.poll() is None
+    found, file = columns(path, "msr", "value")
+    assert file.is_whole and file.info["machine"]["target"] == target
+    assert len(found["msr"]) > 1 and set(found["msr"]) == {STAR}
+    assert {after - before for before, after in pairwise(found["value"])} == {-1}
 
 
 # ---- what makes no sense ----

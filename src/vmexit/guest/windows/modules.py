@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass
 
 import numpy as np
 
 from vmexit.guest.linux.recipe import is_kernel_pointer
+from vmexit.guest.lists import BrokenListError, links
 from vmexit.guest.memory import UnreadableError, VirtualMemory
 from vmexit.guest.symbols import Symbols
 from vmexit.guest.windows.pe import Image, PeError
@@ -35,19 +37,14 @@ class Module:
 def read_modules(memory: VirtualMemory, head: int) -> list[Module]:
     """All of the list PsLoadedModuleList at ``head``, the kernel among them, as far as it can be read."""
     modules: list[Module] = []
-    at, seen = head, {head}
-    for _ in range(_MOST_MODULES):
-        try:
-            at = memory.u64(at)
-            if at in seen or not is_kernel_pointer(at):
+    with contextlib.suppress(BrokenListError, UnreadableError):
+        for link in links(memory, head, head, _MOST_MODULES):
+            if not is_kernel_pointer(link):
                 break
-            seen.add(at)
-            base, size = memory.u64(at + _BASE), memory.u32(at + _SIZE)
-            file = read_unicode_string(memory, at + _NAME, _LONGEST_NAME)
-        except UnreadableError:
-            break
-        if file and is_kernel_pointer(base) and 0 < size <= _MOST_SIZE:
-            modules.append(Module(_UNTYPEABLE.sub("_", _SUFFIX.sub("", file)), base, size, file))
+            base, size = memory.u64(link + _BASE), memory.u32(link + _SIZE)
+            file = read_unicode_string(memory, link + _NAME, _LONGEST_NAME)
+            if file and is_kernel_pointer(base) and 0 < size <= _MOST_SIZE:
+                modules.append(Module(_UNTYPEABLE.sub("_", _SUFFIX.sub("", file)), base, size, file))
     return modules
 
 

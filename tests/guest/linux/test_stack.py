@@ -11,6 +11,7 @@ from tests.guest.linux.fake_linux import FakeLinux
 from vmexit.guest.linux.running import Linux
 from vmexit.guest.linux.stack import _KINDS, _NUMBERINGS, Stacks
 from vmexit.guest.scan import MOST_FRAMES
+from vmexit.guest.symbols import Symbols
 from vmexit.guest.system import Frame
 
 Attach = Callable[[FakeLinux], Linux]
@@ -151,12 +152,16 @@ def test_a_program_is_one_frame(attach: Attach) -> None:
 
 
 @pytest.mark.parametrize(("kind", "register", "frames"), [(0, 5, 2), (2, 3, 2), (1, 5, 1), (2, 7, 1), (3, 3, 1)])
-def test_how_entries_are_written_is_found_out(attach: Attach, kind: int, register: int, frames: int) -> None:
+def test_how_entries_are_written_is_found_out(
+    attach: Attach, monkeypatch: pytest.MonkeyPatch, kind: int, register: int, frames: int
+) -> None:
     """By the one of a function's first instruction, which is known to be a call's with RSP and 8."""
     orc = Orc(attach, BASIC[:1])
     assert orc.stacks._table is not None
     # Of the made-up kernel's functions one is where there is an entry.
-    orc.linux.profile.symbols._by_name["native_write_msr"] = orc.code + 0x1000 - orc.linux.slide
+    place = orc.code + 0x1000 - orc.linux.slide
+    known = Symbols.find
+    monkeypatch.setattr(Symbols, "find", lambda self, name: place if name == "native_write_msr" else known(self, name))
     orc.guest.write(orc.stacks._table[1], struct.pack("<hhH", 8, 0, register | kind << 8))
     orc.stacks._kinds, orc.stacks._numbering = {}, {}
     found = orc.frames(0x1004, {0x1000: orc.code + 0x1008, 0x1008: 0})

@@ -75,4 +75,4 @@ def read_module_symbols(profile: Profile, memory: VirtualMemory, module: Module)
         pass
     rows.sort()
     addresses = np.array([address for address, _, _ in rows], np.uint64)
-    return Symbols(addresses, [name for _, name, _ in rows], "".join(letter for _, _, letter in rows))
+    return Symbols.of(addresses, [name for _, name, _ in rows], "".join(letter for _, _, letter in rows))

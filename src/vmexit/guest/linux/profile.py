@@ -125,7 +125,7 @@ def moved(symbols: Symbols, distance: int) -> Symbols:
         return symbols
     addresses = symbols.addresses
     shifted = np.where(addresses >= np.uint64(LINKED_AT & ~0x7FFF_FFFF), addresses + np.uint64(distance % (1 << 64)), addresses)
-    return Symbols.of(shifted, symbols.names, symbols.kinds)
+    return symbols.moved_to(shifted)
 
 
 def parse_map(text: str) -> Symbols:

@@ -52,7 +52,7 @@ def symbols_of(image: Image) -> Symbols:
     """An image's exports, as RVAs; T is code, D is data, as nm has it."""
     rows = sorted((rva, name) for name, rva in image.exports.items())
     kinds = "".join("T" if image.is_code(rva) else "D" for rva, _ in rows)
-    return Symbols(np.array([rva for rva, _ in rows], np.uint64), [name for _, name in rows], kinds)
+    return Symbols.of(np.array([rva for rva, _ in rows], np.uint64), [name for _, name in rows], kinds)
 
 
 def read_module_symbols(memory: VirtualMemory, module: Module) -> Symbols:
@@ -61,4 +61,4 @@ def read_module_symbols(memory: VirtualMemory, module: Module) -> Symbols:
         symbols = symbols_of(Image(memory, module.base))
     except (UnreadableError, PeError):
         return Symbols.none()
-    return Symbols(symbols.addresses + np.uint64(module.base), symbols.names, symbols.kinds)
+    return symbols.moved_to(symbols.addresses + np.uint64(module.base))

@@ -12,7 +12,7 @@ import pytest
 from vmexit.guest.naming import Naming
 from vmexit.guest.symbols import Symbols
 
-BASE, SIZE, DISTANCE = 0x10_0000, 0x1_0000, 0xF_0000
+BASE, SIZE = 0x10_0000, 0x1_0000
 MODULES = 0x20_0000
 
 
@@ -32,8 +32,8 @@ class Made(Naming[Module]):
     """A system that counts how often its memory is looked at."""
 
     def __init__(self, *loaded: Module) -> None:
-        symbols = table((0x1_0100, "start"), (0x1_0200, "stop"), (0x1_0200, "alias"))
-        super().__init__("kernel", ("core",), (BASE, BASE + SIZE), symbols, DISTANCE)
+        symbols = table((BASE + 0x100, "start"), (BASE + 0x200, "stop"), (BASE + 0x200, "alias"))
+        super().__init__("kernel", ("core",), (BASE, BASE + SIZE), symbols)
         self.loaded = loaded
         self.looks = 0
         self.tables: dict[str, Symbols] = {}

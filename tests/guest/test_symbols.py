@@ -34,7 +34,8 @@ def table(rows: list[tuple[int, str, str]]) -> Symbols:
     ],
 )
 def test_what_lies_at_an_address(address: int, wanted: tuple[str, int] | None) -> None:
-    assert table(ROWS).at(address) == wanted
+    place = table(ROWS).place(address, "kernel")
+    assert place == (None if wanted is None else Place(*wanted, "kernel"))
 
 
 @given(st.lists(st.integers(0, (1 << 64) - 1) | st.integers(1 << 63, (1 << 63) + (1 << 30)), min_size=1), st.data())
@@ -43,13 +44,14 @@ def test_addresses_far_and_near(addresses: list[int], data: st.DataObject) -> No
     near = st.sampled_from(addresses).flatmap(lambda address: st.integers(max(0, address - 0x2000), address + 0x2000))
     for address in data.draw(st.lists(near | st.integers(0, (1 << 64) - 1))):
         below = [other for other in addresses if other <= address]
-        assert symbols.at(address) == ((str(max(below)), address - max(below)) if below else None)
+        wanted = Place(str(max(below)), address - max(below), "kernel") if below else None
+        assert symbols.place(address, "kernel") == wanted
 
 
 def test_symbols_in_any_order() -> None:
     symbols = table(ROWS[::-1])
     assert [symbol.address for symbol in symbols] == sorted(row[0] for row in ROWS)
-    assert symbols.at(0x1020) == ("sys_read", 0x10)
+    assert symbols.place(0x1020, "msr") == Place("sys_read", 0x10, "msr")
     assert list(symbols)[2] == Symbol("sys_read", 0x1010, "t")
 
 
@@ -77,7 +79,7 @@ def test_patterns(pattern: str, wanted: list[str]) -> None:
 
 
 def test_no_symbols_at_all() -> None:
-    assert Symbols.none().at(5) is None and Symbols.none().find("x") is None and not list(Symbols.none().search("*"))
+    assert Symbols.none().place(5, "kernel") is None and Symbols.none().find("x") is None and not list(Symbols.none().search("*"))
 
 
 def test_a_place_reads_as_people_write_it() -> None:
@@ -87,4 +89,4 @@ def test_a_place_reads_as_people_write_it() -> None:
 
 def test_the_first_of_many_at_one_address() -> None:
     symbols = table([(0x1000, "t", f"name{index}") for index in range(200_000)])
-    assert all(symbols.at(0x1001) == ("name0", 1) for _ in range(3000))
+    assert all(symbols.place(0x1001, "kernel") == Place("name0", 1, "kernel") for _ in range(3000))

@@ -38,16 +38,13 @@ class Naming(ABC, Generic[M]):
     ``known_...`` and ``seen_modules`` tell may be asked while the machine runs, and from any thread.
     """
 
-    def __init__(
-        self, kernel_name: str, other_names: Collection[str], extent: tuple[int, int], symbols: Symbols, distance: int
-    ) -> None:
+    def __init__(self, kernel_name: str, other_names: Collection[str], extent: tuple[int, int], symbols: Symbols) -> None:
         """``other_names``: what else may stand before the ! of the kernel's symbols, in lower case. ``extent``: where its image
-        begins and ends. ``distance``: how far above the addresses of ``symbols`` it lies."""
+        begins and ends. ``symbols``: the kernel's own, at the addresses where they are."""
         self.kernel_name = kernel_name
         self._kernel_names = frozenset({kernel_name, *other_names})
         self._start, self._end = extent
         self._symbols = symbols
-        self._distance = distance
         self._places: dict[int, Place] = {}
         self._loaded: _Loaded[M] = _Loaded(())
         self._loaded_now = False
@@ -63,18 +60,13 @@ class Naming(ABC, Generic[M]):
     def _read_module_symbols(self, module: M) -> Symbols:
         """At the addresses where they are; empty where they cannot be read."""
 
-    def _at_in_kernel(self, address: int) -> tuple[str, int] | None:
-        """The kernel's symbol that an address in its image belongs to, and the distance to it."""
-        return self._symbols.at(address - self._distance)
+    def _in_kernel(self, address: int) -> Place | None:
+        """By the kernel's symbol that an address in its image belongs to."""
+        return self._symbols.place(address, self.kernel_name)
 
     def _find_in_kernel(self, symbol: str) -> int | None:
         """Where a symbol of the kernel's is."""
-        address = self._symbols.find(symbol)
-        return None if address is None else self._moved(address)
-
-    def _moved(self, address: int) -> int:
-        """Where a symbol of the kernel's is whose address in the table is that."""
-        return address + self._distance
+        return self._symbols.find(symbol)
 
     @staticmethod
     def _is_of(module: M, address: int, distance: int) -> bool:
@@ -137,33 +129,35 @@ class Naming(ABC, Generic[M]):
 
     def name_of(self, address: int) -> Place | None:
         """What lies at an address; None: nothing that has a name."""
+        # Traps come from few places.
+        place = self._places.get(address)
+        if place is not None:
+            return place
         if self._start <= address < self._end:
-            return self._places.get(address) or self._in_kernel(address)
-        module = self.module_at(address)
+            return self._remembered(address)
+        module = self._now.at(address)
         return self._in_module(module, self.module_symbols(module), address) if module else None
 
     def known_name(self, address: int) -> Place | None:
         """The same without looking at the machine, which may run: a module's where it was among those last seen."""
         if self._start <= address < self._end:
-            return self._places.get(address) or self._in_kernel(address)
+            return self._places.get(address) or self._remembered(address)
         module = self._loaded.at(address)
         return self._in_module(module, self._module_symbols.get(module), address) if module else None
 
-    def _in_kernel(self, address: int) -> Place | None:
-        found = self._at_in_kernel(address)
-        if found is None:
-            return None
-        # Traps come from few places.
-        if len(self._places) >= _MOST_PLACES:
-            self._places.clear()
-        place = self._places[address] = Place(*found, self.kernel_name)
+    def _remembered(self, address: int) -> Place | None:
+        place = self._in_kernel(address)
+        if place is not None:
+            if len(self._places) >= _MOST_PLACES:
+                self._places.clear()
+            self._places[address] = place
         return place
 
     def _in_module(self, module: M, symbols: Symbols | None, address: int) -> Place:
-        found = symbols.at(address) if symbols is not None else None
-        if found is None or not self._is_of(module, address, found[1]):
+        place = symbols.place(address, module.name) if symbols is not None else None
+        if place is None or not self._is_of(module, address, place.offset):
             return Place(module.name, address - module.base, module.name)
-        return Place(*found, module.name)
+        return place
 
     def address_of(self, name: str) -> int | None:
         """Of a symbol: "schedule", "kernel!schedule", "msr!msr_write"; the kernel's own go first. None: there is none."""
@@ -192,7 +186,7 @@ class Naming(ABC, Generic[M]):
         wanted, has_module, symbols = pattern.rpartition("!")
         if not has_module or wanted.lower() in (*self._kernel_names, "*"):
             for symbol in self._symbols.search(symbols):
-                yield symbol._replace(address=self._moved(symbol.address)), self.kernel_name
+                yield symbol, self.kernel_name
         for module in self.modules:
             if not has_module or wanted == "*" or self._typed(module.name) == self._typed(wanted):
                 for symbol in self.module_symbols(module).search(symbols):

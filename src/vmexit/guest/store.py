@@ -18,6 +18,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
+from vmexit.guest.nametable import NameTable
 from vmexit.guest.symbols import Symbols
 
 _MOST = 16
@@ -92,10 +93,10 @@ class Store:
 
 def arrays_of(symbols: Symbols) -> dict[str, npt.NDArray[Any]]:
     """A table of symbols as arrays to keep."""
-    hashes, order = symbols.index
+    hashes, order = symbols.names.index
     return {
         "addresses": symbols.addresses,
-        "names": np.frombuffer(symbols.text, np.uint8),
+        "names": np.frombuffer(symbols.names.text, np.uint8),
         "kinds": np.frombuffer(symbols.kinds.encode("latin-1"), np.uint8),
         "hashes": hashes,
         "order": order,
@@ -108,4 +109,4 @@ def symbols_of(arrays: Arrays) -> Symbols:
     if np.any(addresses[1:] < addresses[:-1]):
         raise ValueError("the addresses do not rise")
     index = arrays["hashes"].astype(np.uint32, copy=False), arrays["order"].astype(np.uint32, copy=False)
-    return Symbols(addresses, arrays["names"].tobytes(), arrays["kinds"].tobytes().decode("latin-1"), index)
+    return Symbols(addresses, NameTable(arrays["names"].tobytes(), index), arrays["kinds"].tobytes().decode("latin-1"))

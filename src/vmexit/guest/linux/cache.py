@@ -38,7 +38,7 @@ class Cache:
     @staticmethod
     def key_of(content: bytes) -> str:
         """The name for what was got out of a file with this content."""
-        return hashlib.sha256(content).hexdigest()[:32]
+        return hashlib.blake2b(content, digest_size=16).hexdigest()
 
     def known(self) -> Iterator[Known]:
         """The kernels met before, the last one first."""

@@ -18,7 +18,8 @@ import numpy.typing as npt
 
 from vmexit.errors import VmexitError
 from vmexit.guest.linux.image import LINKED_AT, Image
-from vmexit.guest.symbols import Numbers, Symbols
+from vmexit.guest.nametable import NameTable
+from vmexit.guest.symbols import Addresses, Symbols
 
 _DIGITS = b"".join(b"%d\0" % digit for digit in range(10))
 _TOKENS = 256
@@ -29,8 +30,8 @@ _MOST_SYMBOLS = 4_000_000
 _MOST_TOKEN = 128
 _MOST_NAMES = 16 << 20
 """Bytes that may lie between the first name and the tokens; 4 MB in a kernel of today."""
-_USUAL_MARKERS = 256 << 10
-"""Bytes; 1.4 KB in a kernel of today."""
+_USUAL_MARKERS = 1 << 20
+"""Bytes; in a kernel of today 1.4 KB of markers, and from Linux 6.2 on half a megabyte behind them that is not needed here."""
 _MOST_TEXT = 64 << 20
 """Bytes of all names together; 2 MB in a kernel of today."""
 _FEWEST_SYMBOLS = 1000
@@ -50,6 +51,8 @@ class _Tables:
     count_at: int
     names: int
     count: int
+    markers: list[int]
+    """Where every 256th name begins, counted from ``names``."""
     end: int
     """Behind token_index."""
 
@@ -66,7 +69,7 @@ def read_symbols(image: Image) -> Symbols:
             continue
         addresses = _addresses(image, tables, names)
         if addresses is not None:
-            return Symbols(addresses, names, kinds)
+            return Symbols(addresses, NameTable(names), kinds)
         complaint = "the addresses of this kernel's symbols are laid out in a way that is not known here"
     raise KallsymsError(complaint)
 
@@ -111,7 +114,7 @@ def _tokens(data: bytes, start: int) -> tuple[list[bytes], int] | None:
 
 def _locate(data: bytes, token_table: int, end: int) -> _Tables:
     """Names and their number: by the markers, which lie between the names and the tokens."""
-    # Right before the tokens in every kernel built so far.
+    # Not far before the tokens in every kernel built so far.
     for most in (_USUAL_MARKERS, _MOST_NAMES):
         found = _locate_after(data, max(0, token_table - most) & ~3, token_table, end)
         if found is not None:
@@ -150,7 +153,7 @@ def _before(data: bytes, markers_at: int, markers: list[int], end: int) -> _Tabl
             if not (len(markers) - 1) * _NAMES_A_MARKER < count <= min(len(markers) * _NAMES_A_MARKER, _MOST_SYMBOLS):
                 continue
             if _confirms(data, names, markers, count, markers_at):
-                return _Tables(count_at, names, count, end)
+                return _Tables(count_at, names, count, markers, end)
             tries += 1
             if tries == _MOST_TRIES:
                 return None
@@ -181,22 +184,34 @@ def _skip(data: bytes, at: int, count: int) -> int:
     return min(at, len(data))
 
 
+def _behind(content: npt.NDArray[np.uint8], names: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Where the names end that begin there; what lies behind the content counts as its last byte."""
+    last = len(content) - 1
+    length = content[np.minimum(names, last)].astype(np.int64)
+    second = content[np.minimum(names + 1, last)].astype(np.int64)
+    # As in _skip.
+    return names + 1 + np.where(length >= 0x80, (length & 0x7F | second << 7) + 1, length)
+
+
 def _codes(data: bytes, tables: _Tables) -> npt.NDArray[np.uint16]:
     """All names as one row of tokens, with _NAME before each."""
-    starts, long = [], []
-    at, end = tables.names, len(data)
-    for _ in range(tables.count):
-        if at + 1 >= end:
-            raise KallsymsError("the symbol table of this kernel is cut off")
-        starts.append(at)
-        length, at = data[at], at + 1
-        if length >= 0x80:
-            length, at = length & 0x7F | data[at] << 7, at + 1
-            long.append(at - 1)
-        at += length
-    codes = np.frombuffer(data, np.uint8, min(at, end) - tables.names, tables.names).astype(np.uint16)
-    codes[np.array(starts) - tables.names] = _NAME
-    codes[np.array(long, np.intp) - tables.names] = _NOTHING
+    content = np.frombuffer(data, np.uint8)
+    groups = np.array(tables.markers, np.int64) + tables.names
+    # The names of all markers side by side: a step for each of 256, not for each name.
+    rows = np.empty((_NAMES_A_MARKER, len(groups)), np.int64)
+    at = groups
+    for row in rows:
+        row[:] = at
+        at = _behind(content, at)
+    names = rows.T.ravel()[: tables.count]
+    end = int(_behind(content, names[-1:])[0])
+    if np.any(at[:-1] != groups[1:]) or end > len(data):
+        raise KallsymsError("the symbol table of this kernel is damaged: its names are not where it says")
+    codes = content[tables.names : end].astype(np.uint16)
+    names -= tables.names
+    long = names[codes[names] >= 0x80] + 1
+    codes[names] = _NAME
+    codes[long] = _NOTHING
     return codes
 
 
@@ -226,7 +241,7 @@ def _names(data: bytes, tables: _Tables, tokens: list[bytes]) -> tuple[bytes, st
     return names, text[begins + 1].tobytes().decode("latin-1")
 
 
-def _addresses(image: Image, tables: _Tables, names: bytes) -> Numbers | None:
+def _addresses(image: Image, tables: _Tables, names: bytes) -> Addresses | None:
     """The symbols' addresses, in whichever layout gives _text and the banner their due."""
     text, banner = (_number_of(name, names) for name in (b"_text", b"linux_banner"))
     if text is None or banner is None:
@@ -274,7 +289,7 @@ def _number_of(name: bytes, names: bytes) -> int | None:
     return None if at < 0 else names.count(b"\0", 0, at)
 
 
-def _is_plausible(image: Image, addresses: Numbers, text: int, banner: int) -> bool:
+def _is_plausible(image: Image, addresses: Addresses, text: int, banner: int) -> bool:
     """Whether they rise, _text is where kernels begin, and the banner is what lies at its own address."""
     if np.any(addresses[1:] < addresses[:-1]):
         return False

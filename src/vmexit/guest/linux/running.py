@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from vmexit.guest.linux.btf import Btf
+from vmexit.guest.linux.image import KERNEL_MAP
 from vmexit.guest.linux.modules import Module, read_module_symbols, read_modules
 from vmexit.guest.linux.processes import Task, Tasks
 from vmexit.guest.linux.profile import Profile, ProfileError
 from vmexit.guest.linux.recipe import Recipe
-from vmexit.guest.linux.slide import KERNEL_MAP, Placement, lstar_slide
+from vmexit.guest.linux.slide import Placement, lstar_slide
 from vmexit.guest.memory import UnreadableError, VirtualMemory
 from vmexit.guest.naming import Naming
 from vmexit.guest.symbols import KERNEL, Symbols
@@ -26,7 +27,8 @@ class Linux(Naming[Module]):
         """``memory``: by the kernel's own page tables."""
         find = profile.symbols.find
         extent = ((find("_text") or 0) + placement.slide, (find("_end") or 0) + placement.slide)
-        super().__init__(KERNEL, _OTHER_NAMES, extent, profile.symbols, placement.slide)
+        # Per-CPU variables are offsets into the area of each CPU; they do not move.
+        super().__init__(KERNEL, _OTHER_NAMES, extent, profile.symbols.moved(placement.slide, KERNEL_MAP))
         self.profile = profile
         self.placement = placement
         self.memory = memory
@@ -93,10 +95,6 @@ class Linux(Naming[Module]):
             return read_module_symbols(self.profile, self.memory, module)
         except ProfileError:
             return Symbols.none()
-
-    def _moved(self, address: int) -> int:
-        # Per-CPU variables are offsets into the area of each CPU; they do not move.
-        return address + self.slide if address >= KERNEL_MAP else address
 
     def is_code(self, address: int) -> bool:
         """Whether it can be the address of an instruction of the kernel's or of a module's."""

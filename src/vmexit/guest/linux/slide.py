@@ -12,12 +12,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from vmexit.guest import paging
-from vmexit.guest.linux.image import LINKED_AT
+from vmexit.guest.linux.image import KERNEL_MAP, LINKED_AT
 from vmexit.guest.linux.profile import Profile
 from vmexit.guest.memory import PhysicalMemory, UnreadableError, VirtualMemory
 
-KERNEL_MAP = 0xFFFF_FFFF_8000_0000
-"""__START_KERNEL_map: the kernel's image lies in the gigabyte behind it."""
 SLOT = 0x20_0000
 """What a slide is a multiple of (CONFIG_PHYSICAL_ALIGN, and the size of the pages that the image is mapped with)."""
 _SLOTS = 512

@@ -61,4 +61,4 @@ def read_module_symbols(memory: VirtualMemory, module: Module) -> Symbols:
         symbols = symbols_of(Image(memory, module.base))
     except (UnreadableError, PeError):
         return Symbols.none()
-    return symbols.moved_to(symbols.addresses + np.uint64(module.base))
+    return symbols.moved(module.base)

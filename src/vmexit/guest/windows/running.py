@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import chain
@@ -11,7 +12,7 @@ from vmexit.guest.linux.btf import Btf
 from vmexit.guest.linux.recipe import Recipe, is_kernel_pointer
 from vmexit.guest.memory import UnreadableError, VirtualMemory
 from vmexit.guest.naming import Naming
-from vmexit.guest.symbols import KERNEL, Symbols
+from vmexit.guest.symbols import KERNEL, Place, Symbols
 from vmexit.guest.windows import layout
 from vmexit.guest.windows.accessors import processor_table, read_offsets
 from vmexit.guest.windows.locate import KPRCB, Kernel, is_kpcr
@@ -40,7 +41,7 @@ class Windows(Naming[Module]):
         image = kernel.image
         # As RVAs; a PDB's hold the exports, too.
         symbols = profile.symbols if profile else symbols_of(image)
-        super().__init__(NT, _OTHER_NAMES, (image.base, image.base + image.size), symbols, image.base)
+        super().__init__(NT, _OTHER_NAMES, (image.base, image.base + image.size), symbols.moved(image.base))
         self.image = image
         self.memory = kernel.memory
         self.profile = profile
@@ -50,7 +51,7 @@ class Windows(Naming[Module]):
         self._known: Known | None = None
         self._unknown: ProcessesUnknownError | None = None
         # Read now, while the machine stands: names are asked for while it runs, too.
-        self._functions = image.functions
+        self._begins = image.begins
 
     def forget(self) -> None:
         """The machine has run, or somebody has changed its memory."""
@@ -129,21 +130,18 @@ class Windows(Naming[Module]):
     def _read_module_symbols(self, module: Module) -> Symbols:
         return read_module_symbols(self.memory, module)
 
-    def _at_in_kernel(self, address: int) -> tuple[str, int]:
+    def _in_kernel(self, address: int) -> Place:
         rva = address - self.image.base
-        found = self._symbols.at(rva)
-        return found if found is not None and self._is_one_function(rva - found[1], rva) else (NT, rva)
+        place = self._symbols.place(address, NT)
+        return place if place is not None and self._is_one_function(rva - place.offset, rva) else Place(NT, rva, NT)
 
     def _is_one_function(self, symbol: int, rva: int) -> bool:
         """Whether a symbol's function is the one that holds an address: without a PDB most functions have no name."""
         if not self.image.is_code(rva):
             return True
-        function = self.image.function_at(rva)
-        if function is not None:
-            return symbol >= function[0]
-        # A leaf function is not in the table; one that is may lie between.
-        between = self._functions[:, 0]
-        return not bool(((between > symbol) & (between <= rva)).any())
+        # The last that begins before the address holds it, or it is in a leaf function, which the table does not have.
+        index = bisect_right(self._begins, rva) - 1
+        return index < 0 or symbol >= self._begins[index]
 
     def _find_in_kernel(self, symbol: str) -> int | None:
         address = super()._find_in_kernel(symbol)

@@ -69,22 +69,23 @@ class _Near(NamedTuple):
     """Where its name ends."""
 
     @classmethod
-    def of(cls, addresses: Addresses, bounds: npt.NDArray[np.uint32]) -> _Near:
-        """From all addresses of a table, and where their names begin and the text ends."""
+    def of(cls, addresses: Addresses, bounds: npt.NDArray[np.uint32], nameless: Addresses) -> _Near:
+        """From all addresses of a table, where their names begin and the text ends, and addresses that shall have empty names."""
         middle = int(addresses[len(addresses) // 2]) if len(addresses) else 0
         low, high = np.uint64(max(middle - _MOST_BYTES, 0)), np.uint64(min(middle + _MOST_BYTES, (1 << 64) - 1))
         first, last = int(np.searchsorted(addresses, low, "left")), int(np.searchsorted(addresses, high, "right"))
-        near = addresses[first:last]
-        if not len(near):
+        if first == last:
             return cls(0, 0, *(array("I") for _ in range(4)))
-        is_new = np.ones(len(near), bool)
-        np.not_equal(near[1:], near[:-1], out=is_new[1:])
-        starts = (near[is_new] - near[0]).astype(np.uint32)
+        near, is_new = np.unique(addresses[first:last], return_index=True)
+        others = np.setdiff1d(nameless[(nameless > near[0]) & (nameless <= high)], near)
+        nothing = np.zeros(len(others), np.uint32)
+        starts = (np.concatenate((near, others)) - near[0]).astype(np.uint32)
+        begins = np.concatenate((bounds[:-1][first:last][is_new], nothing))
+        ends = np.concatenate((bounds[1:][first:last][is_new] - np.uint32(1), nothing))
+        order = np.argsort(starts)
         lasts = np.cumsum(np.bincount(starts >> np.uint32(_STRETCH_BITS))) - 1
-        begins, ends = bounds[:-1][first:last][is_new], bounds[1:][first:last][is_new] - np.uint32(1)
-        return cls(
-            int(near[0]), len(lasts), *(array("I", each.astype(np.uint32).tobytes()) for each in (lasts, starts, begins, ends))
-        )
+        columns = (lasts, starts[order], begins[order], ends[order])
+        return cls(int(near[0]), len(lasts), *(array("I", column.astype(np.uint32).tobytes()) for column in columns))
 
 
 class Symbols:
@@ -100,6 +101,8 @@ class Symbols:
         """Of all symbols, by address."""
         self.kinds = kinds
         """One letter a symbol, as nm has them."""
+        self.nameless: Addresses = np.zeros(0, np.uint64)
+        """Where something begins that belongs to no symbol before it; to be set before ``place`` is asked."""
 
     @classmethod
     def of(cls, addresses: Addresses, names: Sequence[str], kinds: str) -> Symbols:
@@ -141,14 +144,17 @@ class Symbols:
 
     @cached_property
     def _near(self) -> _Near:
-        return _Near.of(self.addresses, self.names.bounds)
+        return _Near.of(self.addresses, self.names.bounds, self.nameless)
 
     @cached_property
     def _in_order(self) -> array[int]:
         return array("Q", self.addresses.tobytes())
 
     def place(self, address: int, module: str) -> Place | None:
-        """An address by the last symbol that is not above it; by the first of those that share an address."""
+        """An address by the last symbol that is not above it; by the first of those that share an address.
+
+        Its name is empty where something else has begun since that symbol, which has no name.
+        """
         base, stretches, lasts, starts, begins, ends = self._near
         distance = address - base
         stretch = distance >> _STRETCH_BITS

@@ -199,15 +199,15 @@ class Image:
 
     def function_at(self, rva: int) -> tuple[int, int, int] | None:
         """The row of the function table that an RVA is in."""
-        index = bisect_right(self.begins, rva) - 1
+        index = bisect_right(self._begins, rva) - 1
         if index < 0:
             return None
         begin, end, unwind = self.functions[index].tolist()
         return (begin, end, unwind) if rva < end else None
 
     @cached_property
-    def begins(self) -> array[int]:
-        """Where the functions of the table begin, rising; they are searched in a tenth of the time that numpy's would take."""
+    def _begins(self) -> array[int]:
+        # It is searched in a tenth of the time that numpy's takes.
         return array("I", self.functions[:, 0].tobytes())
 
 

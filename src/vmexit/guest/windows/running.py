@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import chain
+
+import numpy as np
 
 from vmexit.errors import VmexitError
 from vmexit.guest.linux.btf import Btf
@@ -41,7 +42,10 @@ class Windows(Naming[Module]):
         image = kernel.image
         # As RVAs; a PDB's hold the exports, too.
         symbols = profile.symbols if profile else symbols_of(image)
-        super().__init__(NT, _OTHER_NAMES, (image.base, image.base + image.size), symbols.moved(image.base))
+        symbols = symbols.moved(image.base)
+        # Without a PDB most functions have no name, and shall not be called by the one before.
+        symbols.nameless = image.functions[:, 0].astype(np.uint64) + np.uint64(image.base)
+        super().__init__(NT, _OTHER_NAMES, (image.base, image.base + image.size), symbols)
         self.image = image
         self.memory = kernel.memory
         self.profile = profile
@@ -50,8 +54,6 @@ class Windows(Naming[Module]):
         self._settled: Candidate | None = None
         self._known: Known | None = None
         self._unknown: ProcessesUnknownError | None = None
-        # Read now, while the machine stands: names are asked for while it runs, too.
-        self._begins = image.begins
 
     def forget(self) -> None:
         """The machine has run, or somebody has changed its memory."""
@@ -131,17 +133,8 @@ class Windows(Naming[Module]):
         return read_module_symbols(self.memory, module)
 
     def _in_kernel(self, address: int) -> Place:
-        rva = address - self.image.base
         place = self._symbols.place(address, NT)
-        return place if place is not None and self._is_one_function(rva - place.offset, rva) else Place(NT, rva, NT)
-
-    def _is_one_function(self, symbol: int, rva: int) -> bool:
-        """Whether a symbol's function is the one that holds an address: without a PDB most functions have no name."""
-        if not self.image.is_code(rva):
-            return True
-        # The last that begins before the address holds it, or it is in a leaf function, which the table does not have.
-        index = bisect_right(self._begins, rva) - 1
-        return index < 0 or symbol >= self._begins[index]
+        return place if place is not None and place.name else Place(NT, address - self.image.base, NT)
 
     def _find_in_kernel(self, symbol: str) -> int | None:
         address = super()._find_in_kernel(symbol)

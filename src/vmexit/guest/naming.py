@@ -60,9 +60,9 @@ class Naming(ABC, Generic[M]):
     def _read_module_symbols(self, module: M) -> Symbols:
         """At the addresses where they are; empty where they cannot be read."""
 
-    def _in_kernel(self, address: int) -> Place | None:
-        """By the kernel's symbol that an address in its image belongs to."""
-        return self._symbols.place(address, self.kernel_name)
+    def _nameless(self, address: int) -> Place | None:
+        """What an address in the kernel's image is called that belongs to no symbol."""
+        return None
 
     def _find_in_kernel(self, symbol: str) -> int | None:
         """Where a symbol of the kernel's is."""
@@ -134,23 +134,27 @@ class Naming(ABC, Generic[M]):
         if place is not None:
             return place
         if self._start <= address < self._end:
-            return self._remembered(address)
+            return self._in_kernel(address)
         module = self._now.at(address)
         return self._in_module(module, self.module_symbols(module), address) if module else None
 
     def known_name(self, address: int) -> Place | None:
         """The same without looking at the machine, which may run: a module's where it was among those last seen."""
         if self._start <= address < self._end:
-            return self._places.get(address) or self._remembered(address)
+            return self._places.get(address) or self._in_kernel(address)
         module = self._loaded.at(address)
         return self._in_module(module, self._module_symbols.get(module), address) if module else None
 
-    def _remembered(self, address: int) -> Place | None:
-        place = self._in_kernel(address)
-        if place is not None:
-            if len(self._places) >= _MOST_PLACES:
-                self._places.clear()
-            self._places[address] = place
+    def _in_kernel(self, address: int) -> Place | None:
+        # A new address of the kernel's comes here, and two microseconds are all that it may take.
+        place = self._symbols.place(address, self.kernel_name)
+        if place is None or not place[0]:
+            place = self._nameless(address)
+            if place is None:
+                return None
+        if len(self._places) >= _MOST_PLACES:
+            self._places.clear()
+        self._places[address] = place
         return place
 
     def _in_module(self, module: M, symbols: Symbols | None, address: int) -> Place:

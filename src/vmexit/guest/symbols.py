@@ -147,6 +147,10 @@ class Symbols:
         return _Near.of(self.addresses, self.names.bounds, self.nameless)
 
     @cached_property
+    def _string(self) -> str:
+        return self.names.string
+
+    @cached_property
     def _in_order(self) -> array[int]:
         return array("Q", self.addresses.tobytes())
 
@@ -162,7 +166,7 @@ class Symbols:
             index = lasts[stretch]
             while (start := starts[index]) > distance:
                 index -= 1
-            return _make(Place, (self.names.string[begins[index] : ends[index]], distance - start, module))
+            return _make(Place, (self._string[begins[index] : ends[index]], distance - start, module))
         number = bisect_right(self._in_order, address) - 1
         if number < 0:
             return None

@@ -132,9 +132,8 @@ class Windows(Naming[Module]):
     def _read_module_symbols(self, module: Module) -> Symbols:
         return read_module_symbols(self.memory, module)
 
-    def _in_kernel(self, address: int) -> Place:
-        place = self._symbols.place(address, NT)
-        return place if place is not None and place.name else Place(NT, address - self.image.base, NT)
+    def _nameless(self, address: int) -> Place:
+        return Place(NT, address - self.image.base, NT)
 
     def _find_in_kernel(self, symbol: str) -> int | None:
         address = super()._find_in_kernel(symbol)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vmexit.guest.nametable import NameTable
 from vmexit.guest.symbols import Place, Symbol, Symbols
 
 ROWS = [
@@ -90,3 +91,46 @@ def test_a_place_reads_as_people_write_it() -> None:
 def test_the_first_of_many_at_one_address() -> None:
     symbols = table([(0x1000, "t", f"name{index}") for index in range(200_000)])
     assert all(symbols.place(0x1001, "kernel") == Place("name0", 1, "kernel") for _ in range(3000))
+
+
+def test_what_has_no_name_is_not_called_by_the_symbol_before() -> None:
+    symbols = table([(0x1000, "t", "first"), (0x1100, "t", "second"), (0x9000, "t", "last")])
+    symbols.nameless = np.array([0x800, 0x1080, 0x1100, 0xA000], np.uint64)
+    wanted = {
+        0xFFF: None,
+        0x1000: ("first", 0),
+        0x107F: ("first", 0x7F),
+        0x1080: ("", 0),
+        0x10FF: ("", 0x7F),
+        0x1100: ("second", 0),
+        0x8FFF: ("second", 0x7EFF),
+        0x9FFF: ("last", 0xFFF),
+        0xA004: ("", 4),
+    }
+    places = {address: symbols.place(address, "nt") for address in wanted}
+    assert {address: place and (place.name, place.offset) for address, place in places.items()} == wanted
+
+
+def test_moved_symbols() -> None:
+    symbols = table(ROWS)
+    assert symbols.moved(0) is symbols
+    moved = symbols.moved(0x10_0000, 0x1040)
+    assert [(symbol.address, symbol.name) for symbol in moved] == [
+        (0x1000, "start"),
+        (0x1000, "alias"),
+        (0x1010, "sys_read"),
+        (0x10_1040, "Sys_table"),
+        (0x10_2000, "alias"),
+    ]
+    assert moved.find("Sys_table") == 0x10_1040 and moved.place(0x10_1044, "kernel") == Place("Sys_table", 4, "kernel")
+    assert list(moved.moved(-0x10_0000, 0x10_0000)) == list(symbols)
+    # Past the end of all addresses they are the first.
+    assert [symbol.name for symbol in symbols.moved(-0x1008)] == ["sys_read", "Sys_table", "alias", "start", "alias"]
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_names_without_addresses(count: int) -> None:
+    with pytest.raises(ValueError, match="as many"):
+        Symbols(np.zeros(count, np.uint64), NameTable.of(["a", "b"]), "tt")
+    with pytest.raises(ValueError, match="as many"):
+        Symbols(np.zeros(2, np.uint64), NameTable.of(["a", "b"]), "t" * count)

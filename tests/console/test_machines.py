@@ -92,14 +92,14 @@ def test_attached_looked_at_and_let_go_of(hang: int) -> None:
 
 
 def test_attached_with_a_break(hang: int) -> None:
-    lines = "!msrwrite c0000081\nsleep 0n1000\nr rcx\n.status\n.exit\n"
+    lines = "!msrwrite c0000081\nsleep 0n3000\nr rcx\n.status\n.exit\n"
     done = run("attach", str(hang), given=lines)
     assert "event 0 triggered (pre) on core 0" in done.stdout
     assert "rcx=00000000c0000081" in done.stdout
     assert f"(process {hang}), 1 core" in done.stdout
     assert done.returncode == 0
     os.kill(hang, 0)  # it is not vmexit's to end
-    done = run("attach", str(hang), "-x", "!msrwrite log", "-x", "sleep 0n1000", "-x", ".exit")
+    done = run("attach", str(hang), "-x", "!msrwrite log", "-x", "sleep 0n3000", "-x", ".exit")
     assert re.search(r"pre +wrmsr +c0000081", done.stdout)
 
 

@@ -374,7 +374,7 @@ class TestWatched:
         assert other.poll() is None
 
     def test_it_notices_nothing_and_its_end_is_noticed(self, start: Start) -> None:
-        count = 200_000  # it runs when it is found, and has to for as long as that takes
+        count = 100_000  # it runs when it is found, and has to for as long as that takes
         process = start("loop", COUNT=count)
         with watched(process) as debugger:
             debugger.on_msr_write(STAR, stage=Stage.POST)

@@ -18,7 +18,7 @@ OutputTo = Callable[[str, bytes], None]
 
 _QUIT_S = 3.0
 _SETTLE_S = 0.3
-"""At most: on a busy machine what is read takes its time; and who reads may itself wait for us, where a guest prints very much."""
+"""At most: on a busy machine what is read takes its time, and who reads may itself wait for us where a guest prints very much."""
 
 
 class Process:

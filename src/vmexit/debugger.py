@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 
+from vmexit.callers import Callers
 from vmexit.errors import LinkError, TargetError, VmexitError
 from vmexit.events.event import Callback, Event
 from vmexit.events.table import EventTable
 from vmexit.guest.disassembly import Mode, mode_of
 from vmexit.guest.linux.recipe import Recipe
+from vmexit.guest.system import CodeMap
 from vmexit.guest_view import GuestView
 from vmexit.hooks import HookOptions, Msr, make_event
 from vmexit.link.client import RequestError
@@ -49,6 +51,7 @@ _RECORD = int(Action.RECORD)  # an operation on plain numbers takes a tenth of t
 _ASK = int(Action.ASK)
 _TEXT = int(Action.PRINT | Action.FAULT)
 _LEAVES_TEXT = _TEXT | int(Action.NAME)
+_CALLER = int(Action.CALLER)
 _NOTICES_S = 0.01
 
 
@@ -148,6 +151,8 @@ class Debugger:
         """The process that events are about which are made without naming one; None: all of them."""
         self.thread_names = ThreadNames()
         """Of the guest's threads that traps have named."""
+        self.callers = Callers(target.vcpus)
+        """Where the functions return to that traps were in."""
         self.code_failures = 16
         """So many runs of an event's machine code that fail in a row disable it; 0: none do."""
         self.started_ns: int | None = None
@@ -354,6 +359,12 @@ class Debugger:
         with self.lock:
             if self.state != State.ENDED and self.target.only_looks is None:
                 self._program.set_recipe(recipe)
+
+    def set_code(self, code: CodeMap | None) -> None:
+        """Says how to find the caller of a function at a trap, or that this is not known any more (guest_view does)."""
+        with self.lock:
+            if self.state != State.ENDED and self.target.only_looks is None:
+                self._program.set_code(code)
 
     def sync_events(self) -> None:
         """Takes over what scripts have made of the events (event_enable, event_disable, event_clear); ``pump`` does so, too."""
@@ -671,6 +682,8 @@ class Debugger:
         # A question mostly comes alone, and for one record numpy is slow.
         alike = len(records) == 1 or are_alike(records)
         actions = int(records["action"][0] if alike else np.bitwise_or.reduce(records["action"]))
+        if actions & _CALLER:
+            self.callers.learn(records[records["action"] == _CALLER])
         rest = self._forward(records)
         if alike and rest is records:
             self._take_action(records, actions, alike=True)
@@ -715,6 +728,7 @@ class Debugger:
             return
         if action == Action.NAME:
             self.thread_names.learn(records, self._rings)
+        if action in (Action.NAME, Action.CALLER):
             return
         counted = first_questions(records) if action == _ASK else records
         if len(counted):

@@ -7,6 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from vmexit.link.rings import Records
+from vmexit.link.wire import RecordFlag
+from vmexit.trap import Trap
+
 if TYPE_CHECKING:
     from vmexit.debugger import Debugger
 
@@ -37,6 +41,29 @@ class Names:
             text = self._texts[address] = _ascii(str(place)) if place else ""
         return text
 
+    def caller(self, address: int, *, is_guess: bool) -> str:
+        """What a function returns to, as a break tells it (guest_view.Caller); "": not known."""
+        return f"{'? ' * is_guess}{self.of(address) or f'{address:016x}'}" if address else ""
+
+    def origin(self, trap: Trap) -> str:
+        """Where a trap is and what called it: "native_write_msr+0x4 [kernel] <- do_syscall_64+0x5c [kernel]"."""
+        is_guess = bool(trap.flags & RecordFlag.CALLER_GUESSED)
+        return _joined(self.of(trap.rip), self.caller(self._debugger.callers.of(trap), is_guess=is_guess))
+
+    def origins(self, records: Records) -> tuple[list[str], npt.NDArray[np.intp]]:
+        """The different ones of one record or more, and which of them each has."""
+        places, place_of = self.of_all(records["rip"])
+        if not records["caller"].any():
+            return places, place_of
+        callers, caller_of = np.unique(self._debugger.callers.of_all(records), return_inverse=True)
+        guessed = (records["flags"] & RecordFlag.CALLER_GUESSED) != 0
+        keys, which = np.unique((place_of * len(callers) + caller_of) * 2 + guessed, return_inverse=True)
+        texts = []
+        for key in keys.tolist():
+            place, caller = divmod(key // 2, len(callers))
+            texts.append(_joined(places[place], self.caller(int(callers[caller]), is_guess=bool(key % 2))))
+        return texts, which
+
     def thread(self, pid: int, tid: int) -> str:
         """A thread by the numbers in a record: "pid 5e tid 5f worker"; its name as far as it was told."""
         name = self._debugger.thread_names.get(pid, tid)
@@ -49,6 +76,10 @@ class Names:
             return [self.of(int(addresses[0]))], np.zeros(len(addresses), np.intp)
         unique, which = np.unique(addresses, return_inverse=True)
         return [self.of(address) for address in unique.tolist()], which
+
+
+def _joined(place: str, caller: str) -> str:
+    return " ".join(filter(None, (place, f"<- {caller}" if caller else "")))
 
 
 def _ascii(text: str) -> str:

@@ -61,7 +61,7 @@ def _hex(values: npt.NDArray[np.unsignedinteger], size: int) -> _Bytes:
 
 class Columns:
     """Traps as lines: in fixed columns time in seconds, core, stage, instruction, MSR, value and RIP; then whether it was
-    skipped, what MSR and value mean, the name of the place that RIP is, and the thread, as far as these are known.
+    skipped, what MSR and value mean, the name of the place that RIP is, what called it and the thread, as far as these are known.
 
     What does not fit into the ``width`` of a terminal goes into a second line, which is indented.
     """
@@ -94,7 +94,7 @@ class Columns:
         if self._names is None:
             return ()
         thread = self._names.thread(trap.pid, trap.tid) if trap.flags & RecordFlag.PROCESS_KNOWN else ""
-        return self._names.of(trap.rip), thread
+        return self._names.origin(trap), thread
 
     def _threads(self, names: Names, records: Records) -> _Texts:
         """The different threads of records, and which of them each has."""
@@ -171,7 +171,7 @@ class Columns:
             self._meanings.of_all(records),
         ]
         if self._names:
-            columns += [self._names.of_all(records["rip"]), self._threads(self._names, records)]
+            columns += [self._names.origins(records), self._threads(self._names, records)]
         if self.width is not None:
             return columns
         return [

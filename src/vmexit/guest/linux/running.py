@@ -176,6 +176,11 @@ class Linux:
         in_kernel = any(start <= address < end for start, end in self._code)
         return in_kernel or self.module_at(address) is not None
 
+    @property
+    def code(self) -> list[tuple[int, int]]:
+        """Where the kernel's own instructions begin and end."""
+        return self._code
+
     def _in_module(self, address: int) -> Place | None:
         module = self.module_at(address)
         if module is None:

@@ -212,14 +212,14 @@ class Debugger:
 
     def _told_of(self) -> Machine:
         """What outputs are told of the machine."""
-        return Machine(self.target.name, self.target.pid or 0, self._lines)
+        return Machine(self.target.name, self.target.pid or 0, self._lines, self.names)
 
     def _lines(self, records: Records) -> str:
         """Traps as lines of text, as the console has them."""
         from vmexit.console.render import Columns
 
         if self._columns is None:
-            self._columns = Columns(self.started_ns)
+            self._columns = Columns(self.started_ns, names=self.names)
         return self._columns.lines(records)
 
     # ---- events ----

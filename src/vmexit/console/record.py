@@ -56,6 +56,7 @@ class Tape:
             # A process is called as its first thread is.
             self._recorder.name_of = lambda pid, tid: names.get(pid, pid) or names.get(pid, tid)
             self._recorder.place_of = debugger.names.of
+            self._recorder.callers_of = debugger.callers.of_all
         elif looks.names_processes:
             self._recorder.name_of = _name_of
         self._info = {

@@ -7,15 +7,12 @@ import enum
 import select
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Unpack
 
-import numpy as np
-
-from vmexit.callers import Callers
+from vmexit.dispatch import Dispatch
 from vmexit.errors import LinkError, TargetError, VmexitError
 from vmexit.events.event import Callback, Event
 from vmexit.events.table import EventTable
@@ -25,20 +22,17 @@ from vmexit.guest.system import CodeMap
 from vmexit.guest_view import GuestView
 from vmexit.hooks import HookOptions, Msr, make_event
 from vmexit.link.client import RequestError
-from vmexit.link.rings import Records, are_alike
+from vmexit.link.rings import Records
 from vmexit.link.wire import Access, Action, Status
 from vmexit.names import Names
 from vmexit.outputs import Outputs
 from vmexit.outputs.kinds import Machine
-from vmexit.prints import Printed, printed
-from vmexit.processes import ThreadNames
 from vmexit.program import Program, check
-from vmexit.recognition import OWN, Recognition
-from vmexit.recording import Summary
+from vmexit.recognition import Recognition
 from vmexit.script.compile import CompiledScript, Compiler
 from vmexit.script.runtime import DEFAULT_STACK, DEFAULT_STEPS, Runtime, check_limits
 from vmexit.targets.base import Notice, NoticeKind, Target
-from vmexit.trap import LiveTrap, Registers, Trap, first_questions, traps_of
+from vmexit.trap import Registers, Trap
 
 if TYPE_CHECKING:
     from vmexit.console.render import Columns
@@ -47,11 +41,7 @@ if TYPE_CHECKING:
 _POLL_S = 0.05
 _HALT_S = 20.0
 _SPIN_S = 0.0005
-_RECORD = int(Action.RECORD)  # an operation on plain numbers takes a tenth of the time
-_ASK = int(Action.ASK)
-_TEXT = int(Action.PRINT | Action.FAULT)
-_LEAVES_TEXT = _TEXT | int(Action.NAME)
-_CALLER = int(Action.CALLER)
+_RECORD = int(Action.RECORD)
 _NOTICES_S = 0.01
 
 
@@ -95,20 +85,6 @@ class Overflow(enum.Enum):
     """Records are dropped and counted; questions and breaks are not."""
 
 
-Listener = Callable[[list[Trap]], None]
-"""Gets the records of events, oldest first."""
-RecordListener = Callable[[Records], None]
-"""Gets the same as the wire has them (link.wire.RECORD), which is much cheaper."""
-PrintListener = Callable[[Printed], None]
-"""Gets what scripts print, and why a run of one was ended."""
-
-
-def _runs(records: Records) -> Iterator[Records]:
-    """The records in pieces, each of records in a row that have the same action."""
-    ends = np.flatnonzero(records["action"][1:] != records["action"][:-1]) + 1
-    yield from np.split(records, ends)
-
-
 class Debugger:
     """Drives one machine.
 
@@ -121,7 +97,6 @@ class Debugger:
         """Takes over the target, and closes it with itself: what vmexit has started is ended then, what it has found goes on."""
         self.target = target
         self.events = EventTable()
-        self.summary = Summary()
         self.lock = threading.RLock()
         self.state = State.HALTED
         self.stop: Stop | None = Stop(StopReason.START)
@@ -131,9 +106,6 @@ class Debugger:
         """Called when a running machine has stopped or ended."""
         self.on_notice: Callable[[Notice], None] | None = None
         """Called for what the machine tells of itself and that is no stop: a reset, a panic."""
-        self.listeners: list[Listener] = []
-        self.record_listeners: list[RecordListener] = []
-        self.print_listeners: list[PrintListener] = []
         self.outputs = Outputs(self._told_of, lambda: self.overflow is Overflow.WAIT)
         """Where results go besides: files, sockets, modules ... An event names those that are its own."""
         self.at_close: list[Callable[[], None]] = []
@@ -149,10 +121,6 @@ class Debugger:
         """What a run may take; see set_script_limits."""
         self.attached: int | None = None
         """The process that events are about which are made without naming one; None: all of them."""
-        self.thread_names = ThreadNames()
-        """Of the guest's threads that traps have named."""
-        self.callers = Callers(target.vcpus)
-        """Where the functions return to that traps were in."""
         self.code_failures = 16
         """So many runs of an event's machine code that fail in a row disable it; 0: none do."""
         self.started_ns: int | None = None
@@ -162,13 +130,20 @@ class Debugger:
         self._columns: Columns | None = None
         self._rings = target.link.rings
         self._program = Program(target.link, self.events)
-        self._own_asked = 0
-        self._breaks: deque[Trap] = deque()
+        self._dispatch = Dispatch(self, self._program, self._rings)
+        self.summary = self._dispatch.summary
+        """The MSRs of all traps so far, and of each how often, by which cores and with which values."""
+        self.callers = self._dispatch.callers
+        """Where the functions return to that traps were in."""
+        self.thread_names = self._dispatch.thread_names
+        """Of the guest's threads that traps have named."""
+        self.listeners = self._dispatch.listeners
+        self.record_listeners = self._dispatch.record_listeners
+        self.print_listeners = self._dispatch.print_listeners
+        self.tell_records = self._dispatch.tell_records
         self._shut_down = False
         self._halting = False
-        self._answered = False
         self._look_for_notices = 0.0
-        self._error: BaseException | None = None
         if target.found_running is not None:
             self._note_start()
             self.stop = None if target.found_running else Stop(StopReason.PAUSED)
@@ -474,8 +449,8 @@ class Debugger:
             self._check_alive()
             if self.state == State.RUNNING:
                 return
-            while self._breaks:
-                trap = self._breaks.popleft()
+            while self._dispatch.breaks:
+                trap = self._dispatch.breaks.popleft()
                 event = self.events.get(trap.event)
                 if event is not None and event.enabled:
                     self._stopped(Stop(StopReason.BREAK, trap))
@@ -577,15 +552,13 @@ class Debugger:
                 self._sleep(timeout)
             with self.lock:
                 self._work()
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
+        self._dispatch.raise_error()
 
     def _is_called_soon(self) -> bool:
         """Looks a moment for the next question after one was answered: that often comes before one could sleep and be woken."""
-        if not self._answered:
+        if not self._dispatch.answered:
             return False
-        self._answered = False
+        self._dispatch.answered = False
         deadline = time.monotonic() + _SPIN_S
         while not self.target.link.closed and time.monotonic() < deadline:
             if self._rings.calls():
@@ -640,7 +613,7 @@ class Debugger:
         if self.target.link.closed:
             return 0
         records = self._rings.drain(final=final)
-        return self._take(records) if len(records) else 0
+        return self._dispatch.take(records) if len(records) else 0
 
     def _take_link_notices(self) -> None:
         if self.target.link.closed:
@@ -654,153 +627,6 @@ class Debugger:
         """The VMM has ended or is about to; what it has left in the rings still counts."""
         self._drain(final=True)
         self.target.link.close()
-
-    # ---- records ----
-
-    def _take(self, records: Records) -> int:
-        if self._program.own is None and not self._own_asked:
-            return self._take_theirs(records)
-        actions = 0
-        for part in self._between_own(records):
-            actions |= self._take_theirs(part)
-        return actions
-
-    def _between_own(self, records: Records) -> Iterator[Records]:
-        """Answers the debugger's own questions, which nobody else sees nor counts; gives what comes between them."""
-        start = 0
-        for place in (*np.flatnonzero(records["event"] == OWN).tolist(), len(records)):
-            if place > start:
-                part = records[start:place]
-                if self._own_asked:
-                    part["sequence"] -= np.uint64(self._own_asked)
-                yield part
-            if place < len(records):
-                self._ask_itself(records[place])
-            start = place + 1
-
-    def _take_theirs(self, records: Records) -> int:
-        # A question mostly comes alone, and for one record numpy is slow.
-        alike = len(records) == 1 or are_alike(records)
-        actions = int(records["action"][0] if alike else np.bitwise_or.reduce(records["action"]))
-        if actions & _CALLER:
-            self.callers.learn(records[records["action"] == _CALLER])
-        rest = self._forward(records)
-        if alike and rest is records:
-            self._take_action(records, actions, alike=True)
-        elif len(rest):
-            for part in _runs(rest):
-                self._take_action(part, int(part["action"][0]), alike=False)
-        if actions & _LEAVES_TEXT:
-            self._rings.release_text(records[(records["action"] & _LEAVES_TEXT) != 0])
-        return actions
-
-    def _forward(self, records: Records) -> Records:
-        """Deals with what goes to outputs, all at once; gives what is left: questions and stops, and what does not go there."""
-        mine = self.outputs.claimed(records)
-        if mine is None:
-            return records
-        actions = records["action"]
-        told = records[mine & ((actions & _TEXT) != 0)]
-        texts = list(printed(told, self._rings, self._program.scripts)) if len(told) else []
-        self.outputs.take(records[mine], texts)
-        recorded = records[mine & (actions == _RECORD)]
-        if len(recorded):
-            self._take_action(recorded, _RECORD, alike=False)
-        self._tell_printed(texts)
-        rest: Records = records[~(mine & ((actions & (_TEXT | _RECORD)) != 0))]
-        return rest
-
-    def _ask_itself(self, record: np.void) -> None:
-        core, sequence, value = (int(record[name]) for name in ("vcpu", "sequence", "value"))
-        try:
-            with self._keeping_errors():
-                self.recognition.at_lstar(core, value)
-        finally:
-            self.guest.after_trap()
-            self._rings.answer(core, sequence, self._rings.question_registers(core), 0, False)
-            self._answered = True
-        self._own_asked += 1
-
-    def _take_action(self, records: Records, action: int, *, alike: bool) -> None:
-        """Deals with records of one action; ``alike``: they are known to be (are_alike)."""
-        if action & _TEXT:
-            self._tell_printed(printed(records, self._rings, self._program.scripts))
-            return
-        if action == Action.NAME:
-            self.thread_names.learn(records, self._rings)
-        if action in (Action.NAME, Action.CALLER):
-            return
-        counted = first_questions(records) if action == _ASK else records
-        if len(counted):
-            self.summary.add(counted, alike=alike)
-        if action == _RECORD:
-            self.tell_records(records, alike=alike)
-            return
-        for trap in traps_of(records):
-            if action == Action.ASK:
-                self._ask(trap)
-            else:
-                self._breaks.append(trap)
-
-    def tell_records(self, records: Records, *, alike: bool) -> None:
-        """Keeps records of events, and hands them to all who listen; ``alike``: they are known to be (are_alike)."""
-        self._keep(records, alike=alike)
-        for listener in list(self.record_listeners):
-            with self._keeping_errors():
-                listener(records)
-        if self.listeners:
-            self._tell(list(traps_of(records)))
-
-    def _tell_printed(self, texts: Iterable[Printed]) -> None:
-        for text in texts:
-            if text.fault is not None and (event := self.events.get(text.event)) is not None:
-                event.faults += 1
-            for listener in list(self.print_listeners):
-                with self._keeping_errors():
-                    listener(text)
-
-    def _keep(self, records: Records, *, alike: bool) -> None:
-        if alike:
-            event = self.events.get(int(records["event"][0]) - 1)
-            if event is not None and event.recording is not None:
-                event.recording.add(records)
-            return
-        for event in self.events:
-            if event.recording is not None:
-                mine = records["event"] == event.number + 1
-                event.recording.add(records if mine.all() else records[mine])
-
-    def _tell(self, batch: list[Trap]) -> None:
-        if batch:
-            for listener in list(self.listeners):
-                with self._keeping_errors():
-                    listener(batch)
-
-    @contextlib.contextmanager
-    def _keeping_errors(self) -> Iterator[None]:
-        """An exception is raised once the work is done; of several the first."""
-        try:
-            yield
-        except BaseException as error:
-            self._error = self._error or error
-
-    def _ask(self, trap: Trap) -> None:
-        values = self._rings.question_registers(trap.core)
-        live = LiveTrap(trap, values.copy(), self, self.guest)
-        event = self.events.get(trap.event)
-        changed, skip, halt, script, again = 0, trap.skipped, False, False, False
-        # After an exception the rest of the batch is answered without asking: the vCPUs wait.
-        if event is not None and event.callback is not None and self._error is None:
-            self.guest.at_trap(trap.core)
-            try:
-                event.callback(live)
-                changed, skip, halt, values = live.changed, live.short_circuit, live.halting, live.values
-                script, again = live.runs_script, live.asks_again
-            except BaseException as error:
-                self._error, halt = error, True
-            self.guest.after_trap()
-        self._rings.answer(trap.core, trap.sequence + self._own_asked, values, changed, skip, halt, script, again)
-        self._answered = True
 
     # ---- stops ----
 
@@ -816,7 +642,7 @@ class Debugger:
             self._drain()  # the traps of before it
             self._notify(notice)
         else:
-            self._breaks.clear()
+            self._dispatch.breaks.clear()
             if notice.kind == NoticeKind.RESET:
                 with contextlib.suppress(LinkError):  # it has ended, which comes out elsewhere
                     self.guest.reset()
@@ -825,7 +651,7 @@ class Debugger:
 
     def _notify(self, notice: Notice) -> None:
         if self.on_notice is not None:
-            with self._keeping_errors():
+            with self._dispatch.keeping_errors():
                 self.on_notice(notice)
 
     def _on_stopped(self) -> None:
@@ -835,8 +661,8 @@ class Debugger:
         self._drain()
         if self._shut_down:
             self._stopped(Stop(StopReason.SHUTDOWN))
-        elif self._breaks:
-            self._stopped(Stop(StopReason.BREAK, self._breaks.popleft()))
+        elif self._dispatch.breaks:
+            self._stopped(Stop(StopReason.BREAK, self._dispatch.breaks.popleft()))
         else:
             self._stopped(Stop(StopReason.PAUSED))
 
@@ -844,7 +670,7 @@ class Debugger:
         """By somebody else: another monitor, gdb. The debugger's own orders have changed the state already."""
         if self.state == State.HALTED:
             self._note_start()
-            self._breaks.clear()
+            self._dispatch.breaks.clear()
             self.state = State.RUNNING
             self.stop = None
 
@@ -859,5 +685,5 @@ class Debugger:
         if stop.trap is not None:
             self.core = stop.trap.core
         if self.on_stop is not None:
-            with self._keeping_errors():
+            with self._dispatch.keeping_errors():
                 self.on_stop(stop)

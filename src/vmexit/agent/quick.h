@@ -5,76 +5,10 @@
 #ifndef VMEXIT_QUICK_H
 #define VMEXIT_QUICK_H
 
-#include <pthread.h>
-
 #include "clock.h"
-#include "core.h"
+#include "core_state.h"
 
 #pragma GCC visibility push(hidden)
-
-/* A range of MSRs of an event that is enabled. */
-struct rule {
-    uint32_t first;
-    uint32_t span; /* the last one less the first one */
-    uint32_t core;
-    uint32_t event; /* its id */
-    uint32_t slot;
-    uint16_t access;
-    uint16_t others; /* ranges of the same event that follow */
-    uint32_t process;
-    bool asks_for_task;
-};
-
-struct table {
-    struct table *retired; /* the next older one that a vCPU may still be reading */
-    /* Up to which fill of the ring, and of the half that is being filled, a trap is quick: so that all the records fit that it may
-     * leave, and none makes a half full. quick_half is -1 where the events do more than to record, or there are none. */
-    uint64_t quick_used;
-    int64_t quick_half;
-    uint64_t apart; /* the MSR of the debugger's own event, which is no quick matter; beyond 32 bits where there is none */
-    bool asks_for_task; /* one of the events does */
-    bool has_post; /* one of them has a stage post */
-    const struct rule *rules_end;
-    struct rule *rules;
-    size_t count;
-    uint32_t last_id;
-    const struct script **scripts; /* of each event, or null; behind them all, the conditions likewise */
-    struct vmexit_event events[]; /* and the rules behind them */
-};
-
-struct vcpu {
-    /* The table that this vCPU reads at the moment, so that it is not freed; null outside of a trap. */
-    const struct table *reading;
-    struct vmexit_ring *ring;
-    struct vmexit_record *records;
-    uint64_t head; /* the ring's, kept where the debugger cannot write */
-    uint64_t *text;
-    uint64_t text_head;
-    int eventfd;
-    bool asking; /* waits for an answer */
-    char line[64 - 4 * sizeof(void *) - 2 * sizeof(uint64_t) - sizeof(int) - sizeof(bool)];
-};
-
-extern struct core {
-    const struct door *door;
-    struct vmexit_shared *shared;
-    struct vmexit_shared layout; /* what stands at the start of the shared memory when a debugger comes */
-    struct vcpu *vcpus;
-    unsigned vcpu_count;
-    uint64_t ring_mask;
-    uint64_t half_mask; /* of half a ring */
-    uint64_t text_mask; /* in words */
-    int shared_fd;
-    int debugger_eventfd;
-    struct table *table;
-    struct table *retired;
-    pthread_mutex_t change_lock; /* held to change the table's events, or the table for another */
-    uint64_t changes; /* vmexit_shared.changes */
-    uint64_t sequence; /* of the next record */
-    uint32_t session; /* odd while a debugger is attached, and another number for each one */
-    bool drop;
-    bool has_membarrier;
-} core;
 
 static inline uint64_t next_sequence(void)
 {
@@ -98,12 +32,6 @@ static inline void fetch_back(const struct vcpu *vcpu)
 }
 
 /* ---- what runs in the guest ---- */
-
-static inline bool event_asks_for_task(const struct vmexit_event *event)
-{
-    /* A script may be enabling it. */
-    return event->process != VMEXIT_ALL_PROCESSES || (__atomic_load_n(&event->flags, __ATOMIC_RELAXED) & VMEXIT_WITH_PROCESS);
-}
 
 static inline uint64_t task_number(const struct task *task)
 {

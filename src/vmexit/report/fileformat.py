@@ -44,8 +44,7 @@ COLUMN = struct.Struct("<BBBxI")
 """Length of its name, bytes of a number, Encoding, bytes of its data."""
 
 CALLER_GUESSED = 32
-"""A bit of the column "flags": what the column "called_from" has only looks like it. That is where the function returns to which the
-trap is in, an address; 0 where it is not known."""
+"""A bit of the column "flags": "called_from", where the trap's function returns to (0: not known), only looks like it."""
 PROCESS_KNOWN = 8
 """A bit of the column "flags": the columns "process" and "thread" hold the numbers of what executed the instruction. Where there
 are no such columns, or not this bit, nobody knows."""

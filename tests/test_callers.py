@@ -47,7 +47,8 @@ def test_as_a_break_has_it(command_line: str, more: list[str], vcpus: int, tmp_p
             assert recorded.rip == trap.rip and recorded.msr == trap.msr
             found = debugger.callers.of(recorded)
             if found == 0:
-                assert not seen, f"{trap.symbol} <- {caller}"  # before the kernel was recognised
+                # Before the kernel was recognised, and in code that is none of the kernel's own (where a second vCPU starts).
+                assert not seen or trap.symbol is None is caller, f"{trap.symbol} <- {caller}"
                 return
             assert caller is not None and found == caller.address
             assert (RecordFlag.CALLER_GUESSED in recorded.flags) is caller.is_guess is False
@@ -105,13 +106,12 @@ def test_in_files(tmp_path: Path) -> None:
         return done.stdout
 
     recording, objects, page = (str(tmp_path / name) for name in ("r", "objects", "page"))
-    text = run(
+    run(
         *("record", "-o", recording),
         *("-x", f"output create j jsonl {objects}", "-x", "output open j"),
         *("-e", "!msrwrite 1a0 log output { j }", "-e", "!msrwrite 1a0 log"),
         *("--", *linux_arguments(COMMANDS, vcpus=1)),
     )
-    assert "recorded" in text
     told = [json.loads(line) for line in Path(objects).read_text().splitlines()][-3:]
     for one in told:
         assert one["symbol"].startswith("native_write_msr_safe+0x") and one["symbol"].endswith(" [kernel]")

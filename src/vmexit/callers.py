@@ -37,31 +37,31 @@ class Callers:
     Other threads may look up what the debugger's own has learned.
     """
 
-    def __init__(self, vcpus: int) -> None:
-        self._addresses: npt.NDArray[np.uint64] = np.zeros((vcpus, 1), np.uint64)
+    def __init__(self) -> None:
+        self._addresses: npt.NDArray[np.uint64] = np.zeros((1, 1), np.uint64)
+        """By vCPU and number."""
 
     def learn(self, records: Records) -> None:
         """Takes in records of Action.CALLER."""
-        numbers = records["caller"].astype(np.intp)
-        if not len(numbers):
+        if not len(records):
             return
-        addresses, most = self._addresses, int(numbers.max())
-        if most >= addresses.shape[1]:
-            grown = np.zeros((len(addresses), 2 * (most + 1)), np.uint64)
-            grown[:, : addresses.shape[1]] = addresses
+        addresses, cores, numbers = self._addresses, records["vcpu"], records["caller"]
+        wanted = int(cores.max()) + 1, int(numbers.max()) + 1
+        if wanted[0] > addresses.shape[0] or wanted[1] > addresses.shape[1]:
+            grown = np.zeros((max(wanted[0], addresses.shape[0]), max(2 * wanted[1], addresses.shape[1])), np.uint64)
+            grown[: addresses.shape[0], : addresses.shape[1]] = addresses
             addresses = grown
-        addresses[records["vcpu"], numbers] = records["value"]
+        addresses[cores, numbers] = records["value"]
         self._addresses = addresses
 
     def of_all(self, records: Records) -> npt.NDArray[np.uint64]:
         """Where the functions with these instructions return to; 0: not known."""
-        addresses = self._addresses
-        # A number that was not told (the debugger came later) is not known.
-        numbers = np.where(records["caller"] < addresses.shape[1], records["caller"], np.uint16(0))
-        found: npt.NDArray[np.uint64] = addresses[records["vcpu"], numbers]
+        addresses, cores, numbers = self._addresses, records["vcpu"], records["caller"]
+        told = (cores < addresses.shape[0]) & (numbers < addresses.shape[1])
+        found: npt.NDArray[np.uint64] = addresses[np.where(told, cores, 0), np.where(told, numbers, 0)]
         return found
 
     def of(self, trap: Trap) -> int:
         """The same of one trap. RecordFlag.CALLER_GUESSED says whether it only looks as if it were."""
-        addresses = self._addresses
-        return int(addresses[trap.core, trap.caller_number]) if trap.caller_number < addresses.shape[1] else 0
+        addresses, core, number = self._addresses, trap.core, trap.caller_number
+        return int(addresses[core, number]) if core < addresses.shape[0] and number < addresses.shape[1] else 0

@@ -45,7 +45,7 @@ class Dispatch:
         self.print_listeners: list[PrintListener] = []
         self.summary = Summary()
         self.thread_names = ThreadNames()
-        self.callers = Callers(rings.vcpus)
+        self.callers = Callers()
         self.breaks: deque[Trap] = deque()
         """What has broken, and has not been shown yet."""
         self.answered = False

@@ -41,7 +41,7 @@ class Calling(Guest):
 
     def __init__(self, host: FakeHost) -> None:
         super().__init__(host)
-        self.callers = Callers(2)
+        self.callers = Callers()
         self.word(ROOT, ROOT + 0x1000 | PRESENT)
         self.host.tell(f"load {AREAS + CODE + 0x100:x} e811223344", f"load {AREAS + CODE + 0x200:x} ffd0")
         self.table(8)
@@ -392,7 +392,7 @@ def test_a_host_that_gives_no_memory() -> None:
 
 
 def test_numbers_that_nobody_has_told() -> None:
-    callers = Callers(2)
+    callers = Callers()
     records: Records = np.zeros(3, wire.RECORD)
     records["caller"] = [0, 1, 65535]
     records["vcpu"] = [0, 1, 1]

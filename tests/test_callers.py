@@ -47,8 +47,8 @@ def test_as_a_break_has_it(command_line: str, more: list[str], vcpus: int, tmp_p
             assert recorded.rip == trap.rip and recorded.msr == trap.msr
             found = debugger.callers.of(recorded)
             if found == 0:
-                # Before the kernel was recognised, and in code that is none of the kernel's own (where a second vCPU starts).
-                assert not seen or trap.symbol is None is caller, f"{trap.symbol} <- {caller}"
+                # Before the kernel was recognised, and where a second vCPU starts, which nobody has called.
+                assert not seen or caller is None, f"{trap.symbol} <- {caller}"
                 return
             assert caller is not None and found == caller.address
             assert (RecordFlag.CALLER_GUESSED in recorded.flags) is caller.is_guess is False

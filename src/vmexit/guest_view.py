@@ -217,6 +217,8 @@ class GuestView:
             if self._found.system.is_still_there():
                 if not self._debugger.knows_processes:
                     self._tell_agent()
+                elif self._found.system.seen_modules != self._coded:
+                    self._tell_code()
                 return self._found
         elif self._failed is not None and not is_new:
             raise self._failed

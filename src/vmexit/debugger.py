@@ -612,6 +612,9 @@ class Debugger:
         """Deals with the records that are there; their actions (Action), all together."""
         if self.target.link.closed:
             return 0
+        question = self._rings.drain_question()
+        if question is not None:
+            return self._dispatch.take_question(question)
         records = self._rings.drain(final=final)
         return self._dispatch.take(records) if len(records) else 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
@@ -11,12 +12,12 @@ import numpy as np
 
 from vmexit.callers import Callers
 from vmexit.link.rings import Records, Rings, are_alike
-from vmexit.link.wire import Action
+from vmexit.link.wire import RECORD, Action, RecordFlag, offset
 from vmexit.prints import Printed, printed
 from vmexit.processes import ThreadNames
 from vmexit.recognition import OWN
 from vmexit.recording import Summary
-from vmexit.trap import LiveTrap, Trap, first_questions, traps_of
+from vmexit.trap import LiveTrap, Trap, first_questions, trap_of, traps_of
 
 if TYPE_CHECKING:
     from vmexit.debugger import Debugger
@@ -26,6 +27,9 @@ _RECORD = int(Action.RECORD)  # an operation on plain numbers takes a tenth of t
 _ASK = int(Action.ASK)
 _TEXT = int(Action.PRINT | Action.FAULT)
 _CALLER = int(Action.CALLER)
+_AGAIN = int(RecordFlag.AGAIN)
+_SEQUENCE, _EVENT = struct.Struct("<Q"), struct.Struct("<H")
+_SEQUENCE_AT, _EVENT_AT, _FLAGS_AT = (offset("record", name) for name in ("sequence", "event", "flags"))
 _LEAVES_TEXT = _TEXT | int(Action.NAME)
 
 Listener = Callable[[list[Trap]], None]
@@ -78,6 +82,18 @@ class Dispatch:
         for part in self._between_own(records):
             actions |= self._take_theirs(part)
         return actions
+
+    def take_question(self, record: bytearray) -> int:
+        """The same for a question that comes alone, as most do (Rings.drain_question)."""
+        (event,) = _EVENT.unpack_from(record, _EVENT_AT)
+        if event == OWN or self._debugger.outputs.has_route(event - 1):
+            return self.take(np.frombuffer(record, RECORD))
+        if self._own_asked:
+            _SEQUENCE.pack_into(record, _SEQUENCE_AT, _SEQUENCE.unpack_from(record, _SEQUENCE_AT)[0] - self._own_asked)
+        if not record[_FLAGS_AT] & _AGAIN:
+            self.summary.add(np.frombuffer(record, RECORD), alike=True)
+        self._ask(trap_of(record))
+        return _ASK
 
     def tell_records(self, records: Records, *, alike: bool) -> None:
         """Keeps records of events, and hands them to all who listen; ``alike``: they are known to be (are_alike)."""

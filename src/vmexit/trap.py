@@ -82,28 +82,36 @@ def _layout() -> struct.Struct:
 _RECORD = _layout()  # numpy takes ten times as long to make Python's numbers of one record
 
 
+def _trap_of(fields: tuple[int, ...]) -> Trap:
+    sequence, time, rip, rsp, value, msr, event, core, access, stage, action, flags, length, caller, pid, tid = fields
+    return Trap(
+        sequence,
+        time,
+        rip,
+        rsp,
+        value,
+        msr,
+        event - 1,
+        core,
+        _ACCESS[access],
+        _STAGE[stage],
+        _ACTION[action],
+        _FLAGS[flags],
+        length,
+        caller,
+        pid,
+        tid,
+    )
+
+
+def trap_of(record: bytes | bytearray) -> Trap:
+    """The trap that one record of the wire stands for."""
+    return _trap_of(_RECORD.unpack(record))
+
+
 def traps_of(records: Records) -> Iterator[Trap]:
     """The traps that records of the wire stand for."""
-    for each in _RECORD.iter_unpack(records.tobytes()):
-        sequence, time, rip, rsp, value, msr, event, core, access, stage, action, flags, length, caller, pid, tid = each
-        yield Trap(
-            sequence,
-            time,
-            rip,
-            rsp,
-            value,
-            msr,
-            event - 1,
-            core,
-            _ACCESS[access],
-            _STAGE[stage],
-            _ACTION[action],
-            _FLAGS[flags],
-            length,
-            caller,
-            pid,
-            tid,
-        )
+    return map(_trap_of, _RECORD.iter_unpack(records.tobytes()))
 
 
 def record_of(trap: Trap) -> Records:

@@ -85,6 +85,11 @@ class FakeRings:
         records, self.records = self.records, []
         return joined(records) if records else np.zeros(0, wire.RECORD)
 
+    def drain_question(self) -> bytearray | None:
+        if len(self.records) == 1 and (self.records[0]["action"] == int(wire.Action.ASK)).all():
+            return bytearray(self.records.pop().tobytes())
+        return None
+
     def before_sleep(self) -> bool:
         return not self.records
 

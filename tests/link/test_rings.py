@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -55,11 +56,13 @@ class Agent:
         """Whether a record can be put into this ring."""
         return self.heads[vcpu] - self.word(vcpu, "tail") < self.capacity
 
-    def put(self, vcpu: int, sequence: int) -> None:
+    def put(self, vcpu: int, sequence: int, action: wire.Action = wire.Action.RECORD) -> None:
         """Writes a record whose value tells where it comes from."""
         assert self.has_room(vcpu)
         at = self.records_offset + (vcpu * self.capacity + self.heads[vcpu] % self.capacity) * wire.size("record")
-        self.memory[at : at + wire.size("record")] = wire.pack("record", sequence=sequence, vcpu=vcpu, value=mark(sequence, vcpu))
+        self.memory[at : at + wire.size("record")] = wire.pack(
+            "record", sequence=sequence, vcpu=vcpu, value=mark(sequence, vcpu), action=action
+        )
         self.heads[vcpu] += 1
         self.set_word(vcpu, "head", self.heads[vcpu])
 
@@ -111,6 +114,41 @@ def test_one_ring(start: StartAgent) -> None:
     assert len(rings.drain()) == 0
     agent.publish(1)
     assert sequences(rings.drain()) == [3]
+
+
+def test_a_question_alone(start: StartAgent) -> None:
+    agent, rings = start(2)
+    for number in range(3 * agent.capacity):
+        assert rings.drain_question() is None
+        agent.put(1, number, wire.Action.ASK)
+        record = rings.drain_question()
+        assert record is not None and sequences(np.frombuffer(record, wire.RECORD)) == [number]
+        assert agent.word(1, "tail") == number + 1
+    assert rings.drain_question() is None and len(rings.drain()) == 0
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        [(0, 0, wire.Action.RECORD)],
+        [(0, 0, wire.Action.ASK), (0, 1, wire.Action.RECORD)],
+        [(0, 0, wire.Action.ASK), (1, 1, wire.Action.ASK)],
+    ],
+)
+def test_what_is_no_question_alone(start: StartAgent, records: list[tuple[int, int, wire.Action]]) -> None:
+    agent, rings = start(2)
+    for vcpu, number, action in records:
+        agent.put(vcpu, number, action)
+    assert rings.drain_question() is None
+    assert sequences(rings.drain()) == [number for _, number, _ in records]
+
+
+def test_a_question_behind_a_gap(start: StartAgent) -> None:
+    agent, rings = start(2)
+    agent.put(0, 1, wire.Action.ASK)
+    assert rings.drain_question() is None and len(rings.drain()) == 0
+    agent.put(1, 0, wire.Action.ASK)
+    assert rings.drain_question() is None and sequences(rings.drain()) == [0, 1]
 
 
 def test_rings_are_merged_by_sequence(start: StartAgent) -> None:

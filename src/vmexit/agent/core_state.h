@@ -70,6 +70,7 @@ extern struct core {
     uint32_t session; /* odd while a debugger is attached, and another number for each one */
     bool drop;
     bool has_membarrier;
+    bool may_be_quick; /* the table's events may only record (quick.h looks at the table itself) */
 } core;
 
 /* Of an event in a table: a script may be changing them. */

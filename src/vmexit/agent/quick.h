@@ -81,6 +81,9 @@ static inline bool quick_task(const struct table *table, unsigned index, unsigne
     return caller->address == 0 || caller->number != 0;
 }
 
+/* Whether it is worth a try: a trap that is not quick should not pay for it. */
+static inline bool quick_is_possible(void) { return __atomic_load_n(&core.may_be_quick, __ATOMIC_RELAXED); }
+
 /* Does all that there is to do in stage pre, unless it returns false: then it has done nothing. `registers` begins with RAX, RCX, RDX,
  * RBX, RSP, RBP. */
 static inline bool quick_pre(unsigned index, unsigned access, unsigned length, uint64_t rip, const uint64_t *registers)

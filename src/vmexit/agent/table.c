@@ -203,6 +203,7 @@ static int exchange_tables(struct table *table, uint64_t changes)
     pthread_mutex_lock(&core.change_lock);
     if (changes == core.changes) {
         __atomic_store_n(&core.table, table, __ATOMIC_SEQ_CST);
+        __atomic_store_n(&core.may_be_quick, table->quick_half >= 0, __ATOMIC_RELAXED);
         publish_interest(table);
         memset(core.shared->states, 0, sizeof core.shared->states);
         status = tell_door(table);

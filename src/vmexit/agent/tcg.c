@@ -30,6 +30,7 @@ struct executed {
 struct place {
     uintptr_t site;
     uintptr_t return_address; /* into translated code; 0: the vCPU is between two blocks, with its state complete */
+    uint64_t *env; /* what qemu_env gives */
     bool precise;
 };
 
@@ -58,7 +59,7 @@ static uint64_t read_register(unsigned vcpu, const struct place *place, unsigned
 static void get_asked(struct trap *trap, uint64_t *values)
 {
     const struct place *place = trap->place;
-    const uint64_t *env = qemu_env(trap->vcpu);
+    const uint64_t *env = place->env;
     make_precise(trap);
     for (unsigned number = 0; number < VMEXIT_RIP; number++)
         values[number] = env ? env[number] : read_register(trap->vcpu, place, number);
@@ -86,18 +87,18 @@ static void set_asked(struct trap *trap, const uint64_t *values, uint32_t change
  * them there. What is written is found by that helper, or by what is executed next. */
 static void get_general(struct trap *trap, uint64_t *values)
 {
-    const uint64_t *env = qemu_env(trap->vcpu);
-    if (env) {
-        memcpy(values, env, 16 * sizeof *values);
+    const struct place *place = trap->place;
+    if (place->env) {
+        memcpy(values, place->env, 16 * sizeof *values);
         return;
     }
     for (unsigned number = 0; number < 16; number++)
-        values[number] = read_register(trap->vcpu, trap->place, number);
+        values[number] = read_register(trap->vcpu, place, number);
 }
 
 static void set_general(struct trap *trap, const uint64_t *values, uint32_t changed)
 {
-    uint64_t *env = qemu_env(trap->vcpu);
+    uint64_t *env = ((struct place *)trap->place)->env;
     if (env == NULL) {
         make_precise(trap);
         set_asked(trap, values, changed);
@@ -374,9 +375,9 @@ static bool is_privileged(unsigned vcpu)
 
 /* ---- traps ---- */
 
-static struct trap make_trap(unsigned vcpu, struct place *place, unsigned access, unsigned length, uint64_t rip)
+static inline struct trap make_trap(unsigned vcpu, struct place *place, unsigned access, unsigned length, uint64_t rip)
 {
-    const uint64_t *env = qemu_env(vcpu);
+    const uint64_t *env = place->env;
     struct trap trap = {.door = &door, .place = place, .vcpu = vcpu, .access = (uint8_t)access, .length = (uint8_t)length, .rip = rip};
     uint64_t rax = env ? env[VMEXIT_RAX] : read_register(vcpu, place, VMEXIT_RAX);
     uint64_t rdx = env ? env[VMEXIT_RDX] : read_register(vcpu, place, VMEXIT_RDX);
@@ -414,7 +415,7 @@ static void post_work(void *cpu, void *data)
 {
     unsigned vcpu = (unsigned)(uintptr_t)data;
     struct executed executed = tcg.executed[vcpu];
-    struct place place = {.precise = true};
+    struct place place = {.env = qemu_env(vcpu), .precise = true};
     bool interrupted;
     (void)cpu;
     tcg.executed[vcpu].pending = false;
@@ -464,11 +465,12 @@ static void carry_out(struct trap *trap, struct progress progress)
         async_run_on_cpu(qemu_cpu(trap->vcpu), post_work, (void *)(uintptr_t)trap->vcpu);
 }
 
-static void on_wanted(unsigned index, uintptr_t site, uint64_t rip, uintptr_t return_address)
+/* `env`: what qemu_env gives. */
+static void on_wanted(unsigned index, uintptr_t site, uint64_t rip, uint64_t *env, uintptr_t return_address)
 {
-    struct place place = {.site = site, .return_address = return_address};
+    struct place place = {.site = site, .return_address = return_address, .env = env};
     struct trap trap = make_trap(index, &place, site_access(site), site_length(site), rip);
-    struct progress progress = hold_take(rip, trap.rsp);
+    struct progress progress = hold_any() ? hold_take(rip, trap.rsp) : PROGRESS_BEGIN;
     switch (core_pre(&trap, &progress)) {
     case STOP:
         make_precise(&trap);
@@ -514,7 +516,7 @@ static void look_closer(unsigned index, uintptr_t site, uint64_t *env, uintptr_t
     if (site_check_privilege(site) && !is_privileged(index))
         return;
     uint64_t rip = site_rip(site, env ? *qemu_env_rip(env) : qemu_read_register(index, VMEXIT_RIP));
-    on_wanted(index, site, rip, return_address);
+    on_wanted(index, site, rip, qemu_env(index), return_address);
 }
 
 /* The common way in from translated code. `env` is what the host's register held that TCG keeps the CPU's state in. */
@@ -526,10 +528,16 @@ __attribute__((visibility("hidden"), used)) void tcg_before(unsigned index, uint
 /* The same, where `env` is proven and somebody may be interested. */
 __attribute__((visibility("hidden"), used)) void tcg_before_quick(unsigned index, uintptr_t site, uint64_t *env)
 {
+    const uint64_t rip = site_rip(site, *qemu_env_rip(env));
     index = own_index(index, env);
-    if (site_check_privilege(site) || hold_any() ||
-        !quick_pre(index, site_access(site), site_length(site), site_rip(site, *qemu_env_rip(env)), env))
-        look_closer(index, site, env, (uintptr_t)__builtin_return_address(0));
+    if (site_check_privilege(site) && !is_privileged(index)) {
+        tcg.executed[index].pending = false;
+        return;
+    }
+    if (!hold_any() && quick_is_possible() && quick_pre(index, site_access(site), site_length(site), rip, env))
+        return;
+    tcg.executed[index].pending = false;
+    on_wanted(index, site, rip, env, (uintptr_t)__builtin_return_address(0));
 }
 
 /* On the instruction behind an RDMSR of the same block, whose site it is: nothing can have come in between. */
@@ -544,7 +552,7 @@ __attribute__((visibility("hidden"), used)) void tcg_after(unsigned index, uintp
     uint32_t msr = (uint32_t)(env_is_proven(index, env) ? env[VMEXIT_RCX] : qemu_read_register(index, VMEXIT_RCX));
     if (msr != executed.msr || ((executed.rip ^ site) & 0xfff) != 0)
         return;
-    struct place place = {.return_address = (uintptr_t)__builtin_return_address(0)};
+    struct place place = {.return_address = (uintptr_t)__builtin_return_address(0), .env = qemu_env(index)};
     struct trap trap = make_trap(index, &place, executed.access, executed.length, executed.rip);
     trap.msr = executed.msr;
     enum verdict verdict = core_post(&trap);

@@ -246,6 +246,10 @@ class TraceRings:
         self._sequence += len(records)
         return records
 
+    def drain_question(self) -> None:
+        """Nobody waits for an answer here (link.rings)."""
+        return
+
     def _collect(self, final: bool) -> Records:
         until = time.monotonic_ns()
         parts, self._has_more = [self._held], False

@@ -29,6 +29,7 @@ struct rule {
     uint64_t rip; /* 0: nothing is remembered */
     int32_t offset;
     enum { NOWHERE, FROM_RSP, FROM_RBP, PERHAPS_AT_RSP } where;
+    struct caller last; /* with a number; address 0: nothing is remembered */
 };
 
 struct numbered {
@@ -209,7 +210,7 @@ static struct rule make_rule(unsigned vcpu, const struct code *code, uint64_t ri
     return rule;
 }
 
-static const struct rule *rule_of(struct place *place, unsigned vcpu, const struct code *code, uint64_t rip)
+static struct rule *rule_of(struct place *place, unsigned vcpu, const struct code *code, uint64_t rip)
 {
     struct rule *rule = &place->rules[rip * UINT64_C(0x9e3779b97f4a7c15) >> 56];
     if (rule->rip != rip || rip == 0)
@@ -223,8 +224,9 @@ static const struct rule *rule_of(struct place *place, unsigned vcpu, const stru
 static void refresh(struct place *place, const struct code *code, uint64_t memory)
 {
     const uint64_t session = __atomic_load_n(&callers.session, __ATOMIC_ACQUIRE);
-    if (code->serial != place->code || memory != place->memory)
-        memset(place->rules, 0, sizeof place->rules);
+    if (code->serial == place->code && memory == place->memory && session == place->session)
+        return;
+    memset(place->rules, 0, sizeof place->rules);
     if (session != place->session && place->numbers > 0) {
         memset(place->addresses, 0, sizeof place->addresses);
         place->numbers = 0;
@@ -251,18 +253,23 @@ static bool is_behind_call(unsigned vcpu, uint64_t address)
 
 /* A place on the stack that a table tells holds a caller where it points into code that is known; else it is a guess, as in code without a
  * table, and has to point behind a call. */
-static struct caller look(struct place *place, unsigned vcpu, const struct code *code, const struct rule *rule, uint64_t base)
+static struct caller look(struct place *place, unsigned vcpu, const struct code *code, struct rule *rule, uint64_t base)
 {
     const struct caller nobody = {0};
     uint64_t address;
     if (!task_read(vcpu, base + (uint64_t)(int64_t)rule->offset, &address, sizeof address) || address >> 63 == 0)
         return nobody;
-    const struct numbered *numbered = find_number(place, address);
+    if (address == rule->last.address)
+        return rule->last;
+    const uint16_t number = find_number(place, address)->number;
     const bool is_known = piece_of(code, address) != NULL;
     const bool is_guess = rule->where == PERHAPS_AT_RSP || !is_known;
     if (is_guess && ((rule->where == PERHAPS_AT_RSP && !is_known) || !is_behind_call(vcpu, address)))
         return nobody;
-    return (struct caller){.address = address, .number = numbered->number, .is_guess = is_guess};
+    const struct caller caller = {.address = address, .number = number, .is_guess = is_guess};
+    if (number != 0)
+        rule->last = caller;
+    return caller;
 }
 
 struct caller caller_find(unsigned vcpu, uint64_t rip, uint64_t rsp, uint64_t (*rbp)(void *context), void *context)
@@ -275,7 +282,7 @@ struct caller caller_find(unsigned vcpu, uint64_t rip, uint64_t rsp, uint64_t (*
     if (code != NULL) {
         struct place *place = &__atomic_load_n(&callers.places, __ATOMIC_ACQUIRE)[vcpu];
         refresh(place, code, memory);
-        const struct rule *rule = rule_of(place, vcpu, code, rip);
+        struct rule *rule = rule_of(place, vcpu, code, rip);
         if (rule->where != NOWHERE)
             caller = look(place, vcpu, code, rule, rule->where == FROM_RBP ? rbp(context) : rsp);
     }

@@ -531,6 +531,8 @@ static void refresh(struct place *place, const struct recipe *recipe)
 {
     const uint64_t generation = __atomic_load_n(&tasks.generation, __ATOMIC_ACQUIRE);
     const uint64_t session = __atomic_load_n(&tasks.session, __ATOMIC_ACQUIRE);
+    if (generation == place->generation && session == place->session && recipe->serial == place->serial)
+        return;
     if (generation != place->generation || recipe->serial != place->serial) {
         place->base = place->way_from = 0;
         memset(place->known, 0, sizeof place->known);
@@ -605,8 +607,13 @@ void task_end_reading(unsigned vcpu) { end(&tasks.places[vcpu]); }
 static const uint8_t *other_page(struct place *place, const struct recipe *recipe, uint64_t address)
 {
     struct mapped *page = &place->others[address / PAGE_BYTES * UINT64_C(0x9e3779b97f4a7c15) >> 58];
-    const bool is_there = page->bytes != NULL && page->address == address && is_direct(page) && is_still_mapped(page);
-    return is_there || map(place, recipe, address, page) ? page->bytes : NULL;
+    if (page->bytes != NULL && page->address == address && is_still_mapped(page))
+        return page->bytes;
+    /* One that is found through tables which cannot be looked at again is not there. */
+    if (map(place, recipe, address, page) && is_direct(page))
+        return page->bytes;
+    page->bytes = NULL;
+    return NULL;
 }
 
 bool task_read(unsigned vcpu, uint64_t address, void *bytes, uint32_t length)

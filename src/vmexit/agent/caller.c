@@ -19,7 +19,6 @@ enum { RULES = 256, ADDRESSES = 1 << 16, MOST_NUMBERS = ADDRESSES / 4 * 3 };
 enum { ENTRY_BYTES = 6, RETURN_BYTES = 8 };
 
 struct code {
-    uint64_t serial; /* of no other */
     struct vmexit_frames head;
     struct vmexit_code pieces[]; /* rising */
 };
@@ -39,7 +38,7 @@ struct numbered {
 
 /* What is known of one vCPU; its own thread's. */
 struct place {
-    uint64_t code; /* the serial of what the rules were found by */
+    uint64_t generation; /* of the code that the rules were found by */
     uint64_t memory;
     uint64_t session;
     uint32_t numbers; /* that were given */
@@ -49,7 +48,7 @@ struct place {
 
 static struct {
     const struct code *code;
-    uint64_t serials; /* that were given; the link's thread's */
+    uint64_t generation; /* rises with each exchange of the code, before it */
     uint64_t session;
     struct place *places; /* by vCPU; there once code has come */
 } callers;
@@ -81,7 +80,7 @@ static struct code *read_code(const uint8_t *bytes, size_t length, int *status)
         *status = VMEXIT_UNAVAILABLE;
         return NULL;
     }
-    *code = (struct code){.serial = ++callers.serials, .head = head};
+    *code = (struct code){.head = head};
     memcpy(code->pieces, bytes + sizeof head, head.count * sizeof *code->pieces);
     if (!is_sound(&code->head, code->pieces)) {
         free(code);
@@ -106,6 +105,7 @@ static bool make_places(void)
 
 static void exchange_code(const struct code *code)
 {
+    __atomic_fetch_add(&callers.generation, 1, __ATOMIC_SEQ_CST);
     const struct code *old = __atomic_exchange_n(&callers.code, code, __ATOMIC_SEQ_CST);
     /* Whoever looks at the old one reads the guest's memory. */
     if (old)
@@ -210,9 +210,14 @@ static struct rule make_rule(unsigned vcpu, const struct code *code, uint64_t ri
     return rule;
 }
 
+static inline struct rule *rule_at(struct place *place, uint64_t rip)
+{
+    return &place->rules[rip * UINT64_C(0x9e3779b97f4a7c15) >> 56];
+}
+
 static struct rule *rule_of(struct place *place, unsigned vcpu, const struct code *code, uint64_t rip)
 {
-    struct rule *rule = &place->rules[rip * UINT64_C(0x9e3779b97f4a7c15) >> 56];
+    struct rule *rule = rule_at(place, rip);
     if (rule->rip != rip || rip == 0)
         *rule = make_rule(vcpu, code, rip);
     return rule;
@@ -221,17 +226,17 @@ static struct rule *rule_of(struct place *place, unsigned vcpu, const struct cod
 /* ---- at a trap ---- */
 
 /* What holds no more. */
-static void refresh(struct place *place, const struct code *code, uint64_t memory)
+static void refresh(struct place *place, uint64_t generation, uint64_t memory)
 {
     const uint64_t session = __atomic_load_n(&callers.session, __ATOMIC_ACQUIRE);
-    if (code->serial == place->code && memory == place->memory && session == place->session)
+    if (generation == place->generation && memory == place->memory && session == place->session)
         return;
     memset(place->rules, 0, sizeof place->rules);
     if (session != place->session && place->numbers > 0) {
         memset(place->addresses, 0, sizeof place->addresses);
         place->numbers = 0;
     }
-    place->code = code->serial;
+    place->generation = generation;
     place->memory = memory;
     place->session = session;
 }
@@ -272,20 +277,41 @@ static struct caller look(struct place *place, unsigned vcpu, const struct code 
     return caller;
 }
 
-struct caller caller_find(unsigned vcpu, uint64_t rip, uint64_t rsp, uint64_t (*rbp)(void *context), void *context)
+/* What the instruction's caller was the last time, if it is the same again: nearly always. */
+static bool is_same_again(struct place *place, unsigned vcpu, const struct rule *rule, uint64_t base)
+{
+    uint64_t memory, address;
+    return __atomic_load_n(&callers.generation, __ATOMIC_ACQUIRE) == place->generation &&
+           __atomic_load_n(&callers.session, __ATOMIC_ACQUIRE) == place->session &&
+           task_read_word(vcpu, base + (uint64_t)(int64_t)rule->offset, &address, &memory) && memory == place->memory &&
+           address == rule->last.address;
+}
+
+static struct caller find(struct place *place, unsigned vcpu, uint64_t rip, uint64_t rsp, uint64_t (*rbp)(void *context), void *context)
 {
     struct caller caller = {0};
     uint64_t memory;
-    if (__atomic_load_n(&callers.code, __ATOMIC_ACQUIRE) == NULL || !task_begin_reading(vcpu, &memory))
+    if (!task_begin_reading(vcpu, &memory))
         return caller;
+    const uint64_t generation = __atomic_load_n(&callers.generation, __ATOMIC_ACQUIRE);
     const struct code *code = __atomic_load_n(&callers.code, __ATOMIC_ACQUIRE);
     if (code != NULL) {
-        struct place *place = &__atomic_load_n(&callers.places, __ATOMIC_ACQUIRE)[vcpu];
-        refresh(place, code, memory);
+        refresh(place, generation, memory);
         struct rule *rule = rule_of(place, vcpu, code, rip);
         if (rule->where != NOWHERE)
             caller = look(place, vcpu, code, rule, rule->where == FROM_RBP ? rbp(context) : rsp);
     }
     task_end_reading(vcpu);
     return caller;
+}
+
+struct caller caller_find(unsigned vcpu, uint64_t rip, uint64_t rsp, uint64_t (*rbp)(void *context), void *context)
+{
+    if (__atomic_load_n(&callers.code, __ATOMIC_ACQUIRE) == NULL)
+        return (struct caller){0};
+    struct place *place = &__atomic_load_n(&callers.places, __ATOMIC_ACQUIRE)[vcpu];
+    const struct rule *rule = rule_at(place, rip);
+    if (rule->rip == rip && rule->last.address && is_same_again(place, vcpu, rule, rule->where == FROM_RBP ? rbp(context) : rsp))
+        return rule->last;
+    return find(place, vcpu, rip, rsp, rbp, context);
 }

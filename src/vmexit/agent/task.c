@@ -630,3 +630,16 @@ bool task_read(unsigned vcpu, uint64_t address, void *bytes, uint32_t length)
     }
     return true;
 }
+
+bool task_read_word(unsigned vcpu, uint64_t address, uint64_t *value, uint64_t *serial)
+{
+    const uint64_t within = address % PAGE_BYTES;
+    if (within > PAGE_BYTES - sizeof *value || !task_begin_reading(vcpu, serial))
+        return false;
+    const struct recipe *recipe = __atomic_load_n(&tasks.recipe, __ATOMIC_ACQUIRE);
+    const uint8_t *page = recipe ? other_page(&tasks.places[vcpu], recipe, address - within) : NULL;
+    if (page)
+        *value = load(page + within);
+    task_end_reading(vcpu);
+    return page != NULL;
+}

@@ -49,6 +49,9 @@ void task_end_reading(unsigned vcpu);
 /* False where any of it is not mapped, or is not memory that lies in this process. */
 bool task_read(unsigned vcpu, uint64_t address, void *bytes, uint32_t length);
 
+/* All three at once, for 8 bytes within a page; false for others, too. */
+bool task_read_word(unsigned vcpu, uint64_t address, uint64_t *value, uint64_t *serial);
+
 static inline bool task_is_of(const struct task *task, uint32_t process)
 {
     return task->is_known && task->found[VMEXIT_FOUND_PID] == process;

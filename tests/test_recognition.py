@@ -223,7 +223,7 @@ def test_where_the_agent_cannot_ask_it_is_recognised_at_a_stop(watched: Watched)
 
 
 def test_what_is_only_looked_at_is_left_alone(watched: Watched) -> None:
-    watched.typist.target.only_looks = OnlyLooks("it is a picture", (), False)
+    watched.typist.target.only_looks = OnlyLooks("it is a picture", ())
     watched.boots(linux_guest())
     watched.typist.types("g")
     watched.debugger.recognition.at_attach()

@@ -48,7 +48,8 @@ class Dispatch:
         self.record_listeners: list[RecordListener] = []
         self.print_listeners: list[PrintListener] = []
         self.summary = Summary()
-        self.thread_names = ThreadNames()
+        looks = debugger.target.only_looks
+        self.thread_names = ThreadNames(looks.threads if looks else None)
         self.callers = Callers()
         self.breaks: deque[Trap] = deque()
         """What has broken, and has not been shown yet."""

@@ -10,6 +10,7 @@ from vmexit.guest.linux.recipe import CPU, HIGHEST_PID, Check, Recipe, Step
 from vmexit.guest.memory import printable
 from vmexit.link import wire
 from vmexit.link.rings import Records, Rings
+from vmexit.targets.host_threads import HostThreads
 
 # What the agent calls what the steps find; it need not know any other, but may have to go on from it.
 _FOUND: Mapping[str, int] = {
@@ -76,10 +77,12 @@ def _step(step: Step, numbers: Mapping[str, int]) -> dict[str, int]:
 
 
 class ThreadNames:
-    """The names of the guest's threads, as the agent has told them: always before the first trap that carries their number."""
+    """The names of threads: of the guest's as the agent has told them, always before the first trap that carries their number."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: HostThreads | None = None) -> None:
+        """``host``: traps are those of the host's threads, of which the agent tells nothing."""
         self._names: dict[tuple[int, int], str] = {}
+        self._host = host
 
     def learn(self, records: Records, rings: Rings) -> None:
         """Takes in records of Action.NAME, oldest first; their text is not needed behind that."""
@@ -94,4 +97,4 @@ class ThreadNames:
 
     def get(self, pid: int, tid: int) -> str | None:
         """What the thread calls itself, when it was last heard of; None: nothing was."""
-        return self._names.get((pid, tid))
+        return self._host.name(pid, tid) if self._host else self._names.get((pid, tid))

@@ -13,6 +13,7 @@ from vmexit.events.msrs import UNNAMED_READS, UNNAMED_WRITES
 from vmexit.guest.disassembly import Syntax
 from vmexit.link.wire import Action, Capability, Stage
 from vmexit.targets.base import OnlyLooks
+from vmexit.targets.host_threads import HostThreads
 
 REASON = "it is behind glass"
 NOISE = (0x6E0, 0x830)
@@ -22,7 +23,7 @@ NOISE = (0x6E0, 0x830)
 def visitor() -> Iterator[Typist]:
     """Somebody who types at a machine that cannot be touched."""
     typist = Typist()
-    typist.target.only_looks = OnlyLooks(REASON, NOISE, names_processes=True)
+    typist.target.only_looks = OnlyLooks(REASON, NOISE, HostThreads())
     typist.link.capabilities = Capability.RECORD | Capability.POST
     yield typist
     typist.close()
@@ -79,7 +80,7 @@ def test_how_to_do_without_a_break_is_told(visitor: Typist) -> None:
 
 
 def test_a_process_of_the_host_cannot_be_named_for_a_guest(visitor: Typist) -> None:
-    visitor.target.only_looks = OnlyLooks(REASON, NOISE, names_processes=False)
+    visitor.target.only_looks = OnlyLooks(REASON, NOISE)
     assert "'pid' is not possible here: it is behind glass" in visitor.fails("!msrwrite 10 log pid 4")
 
 

@@ -129,7 +129,7 @@ def test_from_python(loaded: Typist) -> None:
 
 
 def test_a_machine_that_is_only_looked_at_or_has_ended(loaded: Typist) -> None:
-    loaded.target.only_looks = OnlyLooks("nobody may touch it", (), False)
+    loaded.target.only_looks = OnlyLooks("nobody may touch it", ())
     with pytest.raises(MsrError, match="MSRs cannot be read or written here: nobody may touch it"):
         loaded.debugger.read_msr(LSTAR)
     loaded.target.only_looks = None

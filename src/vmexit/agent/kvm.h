@@ -85,6 +85,18 @@ bool kvm_complete(struct cpu *cpu);
 /* Prepares the rings, and begins to serve debuggers on that listening socket. */
 bool kvm_serve(int listening);
 
+/* ---- kvm_trap.c: what happens at a trap, and the door ---- */
+
+extern struct door kvm_door;
+
+/* Where the vCPU's thread goes on. */
+enum next { INTO_GUEST, TO_VMM, TO_VMM_INTERRUPTED };
+
+/* An access that the filter has kept from KVM: an event's, the VMM's, or one that was an event's until just now. */
+enum next trap_on_msr_exit(struct cpu *cpu);
+/* The VMM has carried out what was left to it. */
+enum next trap_keep_promise(struct cpu *cpu);
+
 /* ---- kvm_msrs.c: which MSR accesses leave the guest ---- */
 
 /* The VMM's own ioctls on the VM: their result. */

@@ -52,13 +52,11 @@ class Tape:
         machine = {"name": debugger.target.name, "vmm": debugger.target.vmm, "vcpus": debugger.target.vcpus, "target": target}
         self._recorder.lost = debugger.dropped
         looks, names = debugger.target.only_looks, debugger.thread_names
+        # A process is called as its first thread is.
+        self._recorder.name_of = lambda pid, tid: names.get(pid, pid) or names.get(pid, tid)
         if looks is None:
-            # A process is called as its first thread is.
-            self._recorder.name_of = lambda pid, tid: names.get(pid, pid) or names.get(pid, tid)
             self._recorder.place_of = debugger.names.of
             self._recorder.callers_of = debugger.callers.of_all
-        elif looks.names_processes:
-            self._recorder.name_of = _name_of
         self._info = {
             "vmexit": vmexit.__version__,
             "machine": {**machine, "arguments": list(arguments)},
@@ -128,16 +126,6 @@ def _description(event: Event) -> Mapping[str, Any]:
         "core": event.core,
         "process": event.process,
     }
-
-
-def _name_of(pid: int, tid: int) -> str | None:
-    """Of a process of this host."""
-    if pid == 0:
-        return "idle"
-    try:
-        return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").rstrip("\n")
-    except OSError:
-        return None
 
 
 def _size(count: int) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from vmexit.link.client import Link
+from vmexit.targets.host_threads import HostThreads
 
 
 class NoticeKind(enum.Enum):
@@ -45,8 +46,13 @@ class OnlyLooks:
     """Why; it goes on "... is not possible here: "."""
     noise: tuple[int, ...]
     """MSRs that are accessed all the time, and are left out where no MSR is named."""
-    names_processes: bool
-    """An event can name the process of the host that it looks at."""
+    threads: HostThreads | None = None
+    """Those of the host, where it is their accesses that are seen; an event can name the process that it is about then."""
+
+    @property
+    def names_processes(self) -> bool:
+        """An event can name the process of the host that it looks at."""
+        return self.threads is not None
 
 
 class Target(Protocol):

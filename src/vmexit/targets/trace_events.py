@@ -21,6 +21,7 @@ from vmexit.errors import TargetError
 from vmexit.link import wire
 from vmexit.link.rings import Records, joined
 from vmexit.link.wire import RECORD, Access, Action, Capability, EventFlag, RecordFlag, Stage
+from vmexit.targets.host_threads import HostThreads
 from vmexit.targets.trace_instance import Instance
 from vmexit.targets.trace_pages import Entries, read_page
 
@@ -144,7 +145,10 @@ def _msr_filter(name: str, ranges: Sequence[tuple[int, int]]) -> str:
 class TraceRings:
     """What the debugger takes for an agent's rings (link.rings.Rings): the instance's pages, as records, in order."""
 
-    def __init__(self, instance: Instance, points: Sequence[Tracepoint], cores: Cores) -> None:
+    def __init__(
+        self, instance: Instance, points: Sequence[Tracepoint], cores: Cores, host_threads: HostThreads | None = None
+    ) -> None:
+        """``host_threads``: records are to tell which process of the host made the access; None: it is not theirs."""
         self.globals: npt.NDArray[np.uint64] = np.zeros(wire.MAX_GLOBALS, np.uint64)
         self.changes = 0
         self.wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -154,6 +158,7 @@ class TraceRings:
         self._instance = instance
         self._points = points
         self._cores = cores
+        self._host_threads = host_threads
         self._formats = [instance.event_format(point.system, point.name, *point.fields) for point in points]
         self._wanted: list[_Wanted] = []
         self._threads: dict[int, list[int]] = {}
@@ -319,6 +324,10 @@ class TraceRings:
         records["event"] = events
         records["stage"], records["action"] = int(Stage.POST), int(Action.RECORD)
         records["flags"] = taken["failed"] * np.uint8(RecordFlag.FAULTED)
+        if self._host_threads is not None and len(taken):
+            processes, known = self._host_threads.processes(taken["thread"])
+            records["process"], records["thread"] = processes, np.where(known, taken["thread"], 0)
+            records["flags"] |= known * np.uint8(RecordFlag.PROCESS_KNOWN)
         return records
 
     def calls(self) -> bool:

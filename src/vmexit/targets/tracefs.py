@@ -19,6 +19,7 @@ from vmexit.link.client import Link
 from vmexit.link.wire import Access
 from vmexit.targets.attach import machines, vcpus_of
 from vmexit.targets.base import Notice, NoticeKind, OnlyLooks, Untrappable
+from vmexit.targets.host_threads import HostThreads
 from vmexit.targets.trace_events import Cores, TraceLink, Tracepoint, TraceRings
 from vmexit.targets.trace_instance import Instance, folder_of, mount_for_us
 
@@ -42,17 +43,17 @@ class _Looked:
     found_running: bool | None = True
     untrappable: tuple[Untrappable, ...] = ()
 
-    def __init__(self, points: Sequence[Tracepoint], cores: Cores) -> None:
+    def __init__(self, points: Sequence[Tracepoint], cores: Cores, threads: HostThreads | None = None) -> None:
         self._instance = Instance([(point.system, point.name) for point in points])
         self._pending: list[Notice] = []
         self._refresh_at = 0.0
         self._closed = False
         try:
-            self._rings = TraceRings(self._instance, points, cores)
+            self._rings = TraceRings(self._instance, points, cores, threads)
         except BaseException:
             self._instance.close()
             raise
-        self.only_looks: OnlyLooks | None = None
+        self.only_looks: OnlyLooks | None = OnlyLooks(_REASON, _NOISE, threads)
         # It does all that the debugger asks of a link, and refuses what it cannot.
         self.link = cast(Link, TraceLink(self._rings, _REASON))
 
@@ -119,8 +120,7 @@ class Host(_Looked):
 
     def __init__(self) -> None:
         """Raises TargetError in one line where there is nothing to be seen."""
-        super().__init__(_HOST_POINTS, _HostCores())
-        self.only_looks = OnlyLooks(_REASON, _NOISE, names_processes=True)
+        super().__init__(_HOST_POINTS, _HostCores(), HostThreads())
 
     @property
     def vcpus(self) -> int:
@@ -199,7 +199,6 @@ class Watched(_Looked):
             self._threads.close()
             os.close(self._pidfd)
             raise
-        self.only_looks = OnlyLooks(_REASON, _NOISE, names_processes=False)
 
     def _follow(self) -> None:
         """Has the kernel look at nobody but the VMM's threads, and those that they begin."""

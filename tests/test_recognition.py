@@ -104,8 +104,7 @@ def test_the_agent_learns_where_code_is_and_of_new_modules(running: Watched, mon
     running.debugger.recognition.at_stop()
     assert codes == [first]
     linux = running.debugger.guest.linux
-    monkeypatch.setattr(type(linux), "modules", property(lambda self: []))
-    linux._modules = []
+    monkeypatch.setattr(linux, "_read_modules", list)
     running.typist.types("g")
     running.typist.types("pause")
     running.debugger.recognition.at_stop()

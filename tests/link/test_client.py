@@ -403,6 +403,29 @@ def test_memory_in_pieces(
     assert agent.requests[1:] == expected
 
 
+@pytest.mark.parametrize("missing", [0, 1, 6, 19])
+def test_memory_that_ends_in_the_midst(agent: Played, link: Link, missing: int) -> None:
+    """Pages are asked for ahead; the answers of those behind the one that is missing are nobody else's."""
+
+    def script(agent: Played, serial: int, payload: bytes) -> None:
+        kind, _, argument, address, _ = agent.requests[-1]
+        if kind != MessageType.READ_PHYSICAL:
+            agent.greet_and_agree(serial, payload)
+        elif address == missing * PAGE:
+            agent.vcpu_up(1)
+            agent.send(status=Status.UNREADABLE, serial=serial)
+        else:
+            agent.send(bytes([address // PAGE]) * argument, serial=serial)
+
+    agent.script = script
+    with pytest.raises(RequestError) as caught:
+        link.read_memory(0, 0, 20 * PAGE, physical=True)
+    assert caught.value.status == Status.UNREADABLE and link.rings.vcpus_up == 1
+    assert len(agent.requests) <= missing + 1 + 8
+    assert link.read_memory(0, 30 * PAGE, 20 * PAGE, physical=True) == b"".join(bytes([page]) * PAGE for page in range(30, 50))
+    assert link.register(0, 5) == 5
+
+
 # ---- notices and the end ----
 
 

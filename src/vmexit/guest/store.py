@@ -18,6 +18,9 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
+from vmexit.guest.nametable import NameTable
+from vmexit.guest.symbols import Symbols
+
 _MOST = 16
 """That are looked at; the newest."""
 
@@ -86,3 +89,24 @@ class Store:
             path.replace(self.folder / name)
         finally:
             path.unlink(missing_ok=True)
+
+
+def arrays_of(symbols: Symbols) -> dict[str, npt.NDArray[Any]]:
+    """A table of symbols as arrays to keep."""
+    hashes, order = symbols.names.index
+    return {
+        "addresses": symbols.addresses,
+        "names": np.frombuffer(symbols.names.text, np.uint8),
+        "kinds": np.frombuffer(symbols.kinds.encode("latin-1"), np.uint8),
+        "hashes": hashes,
+        "order": order,
+    }
+
+
+def symbols_of(arrays: Arrays) -> Symbols:
+    """The table that was kept so. Raises ValueError, KeyError where they are damaged."""
+    addresses = arrays["addresses"].astype(np.uint64, copy=False)
+    if np.any(addresses[1:] < addresses[:-1]):
+        raise ValueError("the addresses do not rise")
+    index = arrays["hashes"].astype(np.uint32, copy=False), arrays["order"].astype(np.uint32, copy=False)
+    return Symbols(addresses, NameTable(arrays["names"].tobytes(), index), arrays["kinds"].tobytes().decode("latin-1"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from vmexit.errors import VmexitError
 from vmexit.guest.linux.btf import Btf
@@ -65,16 +65,13 @@ class Task(Protocol):
 T_co = TypeVar("T_co", bound=Task, covariant=True)
 
 
-class TaskList(Protocol[T_co]):
-    """What a walk over the guest's list has found."""
+@dataclass(frozen=True, slots=True)
+class TaskList(Generic[T_co]):
+    """What a walk over the guest's list has found, in the list's own order."""
 
-    @property
-    def tasks(self) -> Sequence[T_co]:
-        """In the list's own order."""
-
-    @property
-    def broken(self) -> str | None:
-        """Why the walk did not come to the list's end."""
+    tasks: tuple[T_co, ...]
+    broken: str | None = None
+    """Why the walk did not come to the list's end."""
 
 
 T = TypeVar("T", bound=Task)

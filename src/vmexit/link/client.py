@@ -7,7 +7,9 @@ import select
 import socket
 import struct
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from vmexit.link.rings import Rings
 from vmexit.link.wire import Capability, MessageType, Status
 
 _ANSWER_S = 10.0
+_AHEAD = 8
+"""Pages of memory that are asked for at once. Many more would fill the socket, and leave no place for a notice."""
 _HEADER = wire.size("message")
 _MOST = _HEADER + max(wire.MAX_TRANSFER, wire.REGISTERS * 8, wire.size("hello"))
 
@@ -169,11 +173,15 @@ class Link:
             # An agent that is busy says so and hangs up, without waiting to be asked.
             if self.closed or not select.select([self._socket], [], [], 0)[0]:
                 raise
+        return self._answer(kind, self._serial, fds)
+
+    def _answer(self, kind: MessageType, serial: int, fds: list[int] | None = None) -> bytes:
+        """The answer to the request of that number; what the agent says besides is taken on the way."""
         deadline = time.monotonic() + _ANSWER_S
         while time.monotonic() < deadline:
             received: list[int] = []
             header, data = self._receive(received)
-            if header.type == kind and (header.serial == self._serial or header.status == Status.BUSY):
+            if header.type == kind and (header.serial == serial or header.status == Status.BUSY):
                 if header.status != Status.OK:
                     raise RequestError(_known_status(header.status))
                 if fds is not None:
@@ -281,7 +289,27 @@ class Link:
     def read_memory(self, vcpu: int, address: int, length: int, *, physical: bool = False) -> bytes:
         """Guest memory, by the page tables of that vCPU. Raises RequestError (UNREADABLE) if any of it is not mapped."""
         kind = MessageType.READ_PHYSICAL if physical else MessageType.READ_VIRTUAL
-        return b"".join(self._exchange(kind, vcpu, size, start) for start, size in _chunks(address, length))
+        return b"".join(self._read_pieces(kind, vcpu, _chunks(address, length)))
+
+    def _read_pieces(self, kind: MessageType, vcpu: int, pieces: Iterator[tuple[int, int]]) -> Iterator[bytes]:
+        """Asks for some pieces ahead, so that the agent reads the next one while the last is on its way."""
+        asked: deque[int] = deque()
+        try:
+            while True:
+                # Some at once, for which the agent wakes up once.
+                if len(asked) <= _AHEAD // 2:
+                    for start, size in islice(pieces, _AHEAD - len(asked)):
+                        self._send(kind, vcpu, size, start, b"", ())
+                        asked.append(self._serial)
+                if not asked:
+                    return
+                yield self._answer(kind, asked.popleft())
+        except RequestError:
+            # The answers that are still to come are of no use.
+            for serial in asked:
+                with contextlib.suppress(RequestError):
+                    self._answer(kind, serial)
+            raise
 
     def translate(self, vcpu: int, address: int, *, to_virtual: bool = False) -> int | None:
         """The physical address of a virtual one by that vCPU's page tables, or the other way; None: it is not mapped.

@@ -9,8 +9,9 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from tests.guest.pages import Pages
 from vmexit.guest.linux.image import LINKED_AT
-from vmexit.guest.memory import PAGE, UnreadableError
+from vmexit.guest.memory import PAGE
 
 BANNER = b"Linux version 6.1.0-fake-amd64 (nobody@nowhere) (cc 1) #1 SMP Fake 6.1.0-1 (2026-01-01)"
 SIZE = 4 << 20
@@ -234,7 +235,7 @@ def make_bzimage(vmlinux: bytes, pack: Callable[[bytes], bytes]) -> bytes:
 
 
 @dataclass
-class FakeLinux:
+class FakeLinux(Pages):
     """A machine on which that kernel runs (vmexit.guest.memory.Machine)."""
 
     slide: int = SLIDE
@@ -252,20 +253,6 @@ class FakeLinux:
             self.pages[(PHYSICAL + offset) // PAGE] = image[offset : offset + PAGE]
         self._map()
         self._boot()
-
-    # ---- the machine ----
-
-    def registers(self, core: int) -> Mapping[str, int]:
-        return self.cores[core]
-
-    def read_physical(self, address: int, length: int) -> bytes:
-        data = b""
-        while len(data) < length:
-            number, start = divmod(address + len(data), PAGE)
-            if number not in self.pages:
-                raise UnreadableError(address)
-            data += bytes(self.pages[number][start : start + length - len(data)])
-        return data
 
     # ---- writing ----
 

@@ -94,3 +94,31 @@ def test_the_users_own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert Cache().folder == tmp_path / ".cache" / "vmexit" / "linux"
+
+
+def test_symbols_that_were_kept_are_found_without_a_look_at_all_names(cache: Cache, profile: Profile) -> None:
+    cache.keep("key", profile)
+    again = cache.load("key")
+    assert again is not None
+    assert [column.tolist() for column in again.symbols.names.index] == [
+        column.tolist() for column in profile.symbols.names.index
+    ]
+    assert all(again.symbols.find(symbol.name) is not None for symbol in profile.symbols)
+
+
+@pytest.mark.parametrize("name", ["addresses", "names", "kinds", "hashes", "order"])
+def test_tables_that_do_not_belong_together(cache: Cache, profile: Profile, name: str) -> None:
+    import numpy as np
+
+    cache.keep("key", profile)
+    path = cache.folder / "key.npz"
+    with np.load(path) as arrays:
+        kept = dict(arrays)
+    for changed in (kept[name][:-1], kept[name][::-1] if name == "addresses" else kept[name][:0]):
+        with path.open("wb") as file:
+            np.savez(file, **{**kept, name: changed})
+        assert cache.load("key") is None
+    del kept[name]
+    with path.open("wb") as file:
+        np.savez(file, **kept)
+    assert cache.load("key") is None

@@ -253,7 +253,7 @@ def test_a_list_that_is_too_long(attach: Attach, monkeypatch: pytest.MonkeyPatch
         guest.add_process(pid, b"many")
     linux = attach(guest)
     assert len(linux.tasks.processes().tasks) == 23
-    monkeypatch.setattr("vmexit.guest.linux.processes._MOST_TASKS", 10)
+    monkeypatch.setattr("vmexit.guest.linux.processes.MOST_TASKS", 10)
     found = linux.tasks.processes()
     assert (len(found.tasks), found.broken) == (10, "the list has more than 10 entries")
 

@@ -12,6 +12,7 @@ from vmexit.guest.linux.modules import Module
 from vmexit.guest.linux.running import Linux
 from vmexit.guest.linux.stack import _KINDS, _NUMBERINGS, Stacks
 from vmexit.guest.scan import MOST_FRAMES
+from vmexit.guest.symbols import Symbols
 from vmexit.guest.system import CodeMap, CodePiece, Frame
 
 Attach = Callable[[FakeLinux], Linux]
@@ -152,12 +153,16 @@ def test_a_program_is_one_frame(attach: Attach) -> None:
 
 
 @pytest.mark.parametrize(("kind", "register", "frames"), [(0, 5, 2), (2, 3, 2), (1, 5, 1), (2, 7, 1), (3, 3, 1)])
-def test_how_entries_are_written_is_found_out(attach: Attach, kind: int, register: int, frames: int) -> None:
+def test_how_entries_are_written_is_found_out(
+    attach: Attach, monkeypatch: pytest.MonkeyPatch, kind: int, register: int, frames: int
+) -> None:
     """By the one of a function's first instruction, which is known to be a call's with RSP and 8."""
     orc = Orc(attach, BASIC[:1])
     assert orc.stacks._table is not None
     # Of the made-up kernel's functions one is where there is an entry.
-    orc.linux.profile.symbols._by_name["native_write_msr"] = orc.code + 0x1000 - orc.linux.slide
+    place = orc.code + 0x1000 - orc.linux.slide
+    known = Symbols.find
+    monkeypatch.setattr(Symbols, "find", lambda self, name: place if name == "native_write_msr" else known(self, name))
     orc.guest.write(orc.stacks._table[1], struct.pack("<hhH", 8, 0, register | kind << 8))
     orc.stacks._kinds, orc.stacks._numbering = {}, {}
     found = orc.frames(0x1004, {0x1000: orc.code + 0x1008, 0x1008: 0})
@@ -191,12 +196,14 @@ def test_a_stack_that_is_nowhere(attach: Attach, rsp: int) -> None:
 
 
 @pytest.mark.parametrize(("is_wide", "numbers"), [(False, (5, 4, 0)), (True, (3, 4, 2))])
-def test_what_is_told_of_the_code(attach: Attach, is_wide: bool, numbers: tuple[int, int, int]) -> None:
+def test_what_is_told_of_the_code(
+    attach: Attach, is_wide: bool, numbers: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     orc = Orc(attach, BASIC, is_wide=is_wide)
     assert orc.stacks._table is not None
     # The table of a module whose structure cannot be read is none.
     module = Module("m", orc.code + 0x1000_0000, 0x1000, 0x10)
-    orc.linux._modules, orc.linux._modules_hold = [module], True
+    monkeypatch.setattr(orc.linux, "_read_modules", lambda: [module])
     end = module.base + module.size - 1
     assert orc.stacks.code_map() == CodeMap(
         (CodePiece(orc.code, orc.code + 0xF_FFFF, *orc.stacks._table), CodePiece(module.base, end)), *numbers

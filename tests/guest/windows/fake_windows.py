@@ -11,7 +11,8 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from vmexit.guest.memory import PAGE, UnreadableError
+from tests.guest.pages import Pages
+from vmexit.guest.memory import PAGE
 from vmexit.guest.registers import WHOLE
 
 BASE = 0xFFFF_F800_1220_0000
@@ -150,7 +151,7 @@ def make_headers(size: int, sections: Sequence[tuple[str, int, int, int]], direc
 
 
 @dataclass
-class FakeWindows:
+class FakeWindows(Pages):
     """A machine on which that kernel runs (vmexit.guest.memory.Machine)."""
 
     layout: Layout = field(default_factory=lambda: LAYOUTS[19045])
@@ -174,20 +175,6 @@ class FakeWindows:
         self._image()
         self._drivers()
         self._boot()
-
-    # ---- the machine ----
-
-    def registers(self, core: int) -> Mapping[str, int]:
-        return self.cores[core]
-
-    def read_physical(self, address: int, length: int) -> bytes:
-        data = b""
-        while len(data) < length:
-            number, start = divmod(address + len(data), PAGE)
-            if number not in self.pages:
-                raise UnreadableError(address)
-            data += bytes(self.pages[number][start : start + length - len(data)])
-        return data
 
     def virtual(self, physical: int) -> list[int]:
         """The addresses at which a physical page is mapped."""

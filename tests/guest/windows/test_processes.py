@@ -165,9 +165,9 @@ def test_a_current_thread_that_is_none(thread: int) -> None:
 @pytest.mark.parametrize(
     ("target", "reason", "count"),
     [
-        (0, "leads to what is none", 2),
-        (0x1234, "leads to what is none", 2),
-        (0xFFFF_B50F_7000_0000, "leads to what is none", 2),
+        (0, "leads to what is no task", 2),
+        (0x1234, "leads to what is no task", 2),
+        (0xFFFF_B50F_7000_0000, "leads to what is no task", 2),
         ("itself", "runs in a circle", 2),
         ("first", "runs in a circle", 2),
     ],
@@ -190,7 +190,7 @@ def test_threads_of_another_process_are_not_listed() -> None:
     process = windows.tasks.find(0x1234)
     assert process is not None
     found = windows.tasks.threads(process)
-    assert (found.tasks, found.broken) == ((), "the list leads to what is none")
+    assert (found.tasks, found.broken) == ((), "the list leads to what is no task")
 
 
 def test_a_list_that_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +200,7 @@ def test_a_list_that_is_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     guest.relink()
     windows = attach(guest)
     assert len(windows.tasks.processes().tasks) == 19
-    monkeypatch.setattr("vmexit.guest.windows.processes._MOST_PROCESSES", 10)
+    monkeypatch.setattr("vmexit.guest.windows.processes.MOST_TASKS", 10)
     found = windows.tasks.processes()
     assert (len(found.tasks), found.broken) == (11, "the list has more than 10 entries")
 

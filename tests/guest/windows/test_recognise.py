@@ -235,6 +235,21 @@ def test_the_image() -> None:
     assert image.function_at(NAMELESS) is not None and image.function_at(0) is None
 
 
+@pytest.mark.parametrize("start", [0, TEXT - 0x100, TEXT + 0x100, TEXT + 0x1_0000, 0x40_8000, 0xFFFF_FFF0])
+@pytest.mark.parametrize("size", [0, 0x80, 0x1000, 0x10_0000, 0xFFFF_FFFF])
+def test_code_where_sections_overlap(start: int, size: int) -> None:
+    guest = FakeWindows()
+    # The first section of the image, made code.
+    guest.write(BASE + 0x210, struct.pack("<II", size, start))
+    guest.write(BASE + 0x208 + 36, struct.pack("<I", 0x2000_0000))
+    image = Image(VirtualMemory(PhysicalMemory(guest), guest.root, 4), BASE)
+    assert (image.sections[0].start, image.sections[0].size, image.sections[0].is_code) == (start, size, True)
+    code = [range(section.start, section.start + section.size) for section in image.sections if section.is_code]
+    for edge in {edge for section in code for edge in (section.start, section.stop)}:
+        for rva in (edge - 1, edge, edge + 1):
+            assert image.is_code(rva) == any(rva in section for section in code)
+
+
 def test_either_system_by_the_same_way_in(cache: Cache) -> None:
     linux, windows = recognise(FakeLinux(), cache=cache), recognise(FakeWindows(), cache=cache)
     assert isinstance(linux.system, Linux) and isinstance(windows.system, Windows)

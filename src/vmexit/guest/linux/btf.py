@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
 
 from vmexit.errors import VmexitError
 
@@ -68,12 +72,24 @@ _BEHIND = {
     Kind.DECL_TAG: (4, 0),
     Kind.ENUM64: (0, 12),
 }
-_FIXED = tuple(_BEHIND.get(Kind(kind), (0, 0))[0] if kind < 20 else 0 for kind in range(32))
-_EACH = tuple(_BEHIND.get(Kind(kind), (0, 0))[1] if kind < 20 else 0 for kind in range(32))
+_WORD = 4
+
+
+def _by_kind(value: Callable[[Kind], int], other: int) -> npt.NDArray[np.uint32]:
+    """A value for each kind, and for each number that is none."""
+    return np.array([value(Kind(number)) if number <= max(Kind) else other for number in range(32)], np.uint32)
+
+
+# Of a type, in words.
+_FIXED = _by_kind(lambda kind: (_TYPE.size + _BEHIND.get(kind, (0, 0))[0]) // _WORD, _TYPE.size // _WORD)
+_EACH = _by_kind(lambda kind: _BEHIND.get(kind, (0, 0))[1] // _WORD, 0)
 _NAMED = {Kind.STRUCT: "struct", Kind.UNION: "union", Kind.ENUM: "enum", Kind.ENUM64: "enum"}
 _MODIFIERS = frozenset({Kind.TYPEDEF, Kind.VOLATILE, Kind.CONST, Kind.RESTRICT, Kind.TYPE_TAG})
 _QUALIFIERS = {Kind.VOLATILE: "volatile ", Kind.CONST: "const ", Kind.RESTRICT: "restrict ", Kind.TYPE_TAG: ""}
-_FINDABLE = frozenset({Kind.STRUCT, Kind.UNION, Kind.ENUM, Kind.ENUM64, Kind.TYPEDEF, Kind.INT, Kind.FLOAT})
+_UNFINDABLE = 5
+_RANK = {Kind.STRUCT: 0, Kind.UNION: 1, Kind.ENUM: 2, Kind.ENUM64: 2, Kind.TYPEDEF: 3, Kind.INT: 4, Kind.FLOAT: 4}
+_RANKS = _by_kind(lambda kind: _RANK.get(kind, _UNFINDABLE), _UNFINDABLE)
+"""Of types of one name the one with the lowest is meant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +153,7 @@ class Btf:
             return Type(0, Kind.VOID, "void", 0, False, 0, 0, 0)
         if not 0 < number <= len(self._places):
             raise BtfError("the type information is damaged: it names a type that is not there")
-        at = self._places[number - 1]
+        at = self._places[number - 1] * _WORD
         name, info, size = _TYPE.unpack_from(self._types, at)
         # _places has seen that the kind is known.
         kind = Kind(info >> 24 & 0x1F)
@@ -151,22 +167,18 @@ class Btf:
 
     @cached_property
     def _by_name(self) -> dict[str, int]:
-        found: dict[int, int] = {}
-        unpack = _TYPE.unpack_from
-        rank = {Kind.STRUCT: 0, Kind.UNION: 1, Kind.ENUM: 2, Kind.ENUM64: 2, Kind.TYPEDEF: 3}
-        ranks: dict[int, int] = {}
-        findable = frozenset(int(kind) for kind in _FINDABLE)
-        for number, at in enumerate(self._places, 1):
-            name, info, _ = unpack(self._types, at)
-            kind = info >> 24 & 0x1F
-            # "struct x" goes before "typedef x": both are often there, and mean the same.
-            if name and kind in findable and rank.get(kind, 4) < ranks.get(name, 5):
-                found[name] = number
-                ranks[name] = rank.get(kind, 4)
-        names: dict[str, int] = {}
-        for name, number in found.items():
-            names.setdefault(self._string(name), number)
-        return names
+        words = np.frombuffer(self._types, np.uint32)
+        places = np.frombuffer(self._places, np.uint32)
+        names, ranks = words[places], _RANKS[words[places + np.uint32(1)] >> 24 & 0x1F]
+        findable = np.flatnonzero((names != 0) & (ranks < _UNFINDABLE))
+        # "struct x" goes before "typedef x": both are often there, and mean the same.
+        by_rank = findable[np.argsort(ranks[findable], kind="stable")]
+        _, first = np.unique(names[by_rank], return_index=True)
+        found = np.sort(by_rank[first])
+        numbers: dict[str, int] = {}
+        for name, number in zip(names[found].tolist(), found.tolist(), strict=True):
+            numbers.setdefault(self._string(name), number + 1)
+        return numbers
 
     @property
     def names(self) -> Sequence[str]:
@@ -290,19 +302,22 @@ class Btf:
 _SIZED = frozenset({Kind.INT, Kind.STRUCT, Kind.UNION, Kind.ENUM, Kind.ENUM64, Kind.FLOAT})
 
 
-def _places(types: bytes) -> list[int]:
+def _places(types: bytes) -> array[int]:
     """Where each type begins. Raises BtfError."""
-    places = []
-    at, end = 0, len(types)
-    unpack = struct.Struct("<4xI").unpack_from
-    fixed, each, last = _FIXED, _EACH, max(Kind)
-    while at + _TYPE.size <= end:
+    words = np.frombuffer(types, np.uint32, len(types) // _WORD)
+    info = words[1:]
+    # How long the type would be that begins at each word; it goes quicker to find that out of all than of those that do begin.
+    lengths = _FIXED[info >> 24 & 0x1F] + _EACH[info >> 24 & 0x1F] * (info & 0xFFFF)
+    length_at = array("I", lengths.tobytes())
+    places = array("I")
+    at, end = 0, len(words)
+    while at + _TYPE.size // _WORD <= end:
         places.append(at)
-        (info,) = unpack(types, at)
-        kind = info >> 24 & 0x1F
-        if not 0 < kind <= last:
-            raise BtfError(f"there is type information of a kind ({kind}) that is not known here")
-        at += 12 + fixed[kind] + each[kind] * (info & 0xFFFF)
-    if at != end or len(places) > _MOST_TYPES:
+        at += length_at[at]
+    kinds = words[np.frombuffer(places, np.uint32) + np.uint32(1)] >> 24 & 0x1F
+    unknown = kinds[(kinds == Kind.VOID) | (kinds > max(Kind))]
+    if len(unknown):
+        raise BtfError(f"there is type information of a kind ({unknown[0]}) that is not known here")
+    if at != end or len(types) % _WORD or len(places) > _MOST_TYPES:
         raise BtfError("the type information is damaged")
     return places

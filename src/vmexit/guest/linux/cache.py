@@ -6,17 +6,14 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from vmexit.folders import cache_folder
 from vmexit.guest.linux.profile import Profile
-from vmexit.guest.store import Store
-from vmexit.guest.symbols import Symbols
+from vmexit.guest.store import Store, arrays_of, symbols_of
 
-_FORMAT = 2
+_FORMAT = 3
 """To be raised whenever what is kept, or what it means, changes."""
 
 
@@ -41,7 +38,7 @@ class Cache:
     @staticmethod
     def key_of(content: bytes) -> str:
         """The name for what was got out of a file with this content."""
-        return hashlib.sha256(content).hexdigest()[:32]
+        return hashlib.blake2b(content, digest_size=16).hexdigest()
 
     def known(self) -> Iterator[Known]:
         """The kernels met before, the last one first."""
@@ -57,17 +54,13 @@ class Cache:
             return None
         head, arrays = found
         try:
-            addresses = arrays["addresses"].astype(np.uint64)
-            names = arrays["names"].tobytes().decode("utf-8").split("\0")
-            kinds = arrays["kinds"].tobytes().decode("latin-1")
+            symbols = symbols_of(arrays)
             btf = arrays["btf"].tobytes()
             offsets = {str(name): int(value) for name, value in head["offsets"].items()}
             banner = head["banner"].encode("latin-1")
         except (ValueError, KeyError, TypeError, AttributeError):
             return None
-        if not len(addresses) == len(names) == len(kinds) or np.any(addresses[1:] < addresses[:-1]):
-            return None
-        return Profile(banner, Symbols(addresses, names, kinds), btf, offsets)
+        return Profile(banner, symbols, btf, offsets)
 
     def keep(self, key: str, profile: Profile) -> None:
         """Keeps a profile; does nothing where that is not possible."""
@@ -76,10 +69,5 @@ class Cache:
             "banner_at": profile.symbols.find("linux_banner"),
             "offsets": dict(profile.offsets),
         }
-        arrays: dict[str, npt.NDArray[Any]] = {
-            "addresses": profile.symbols.addresses,
-            "names": np.frombuffer("\0".join(profile.symbols.names).encode("utf-8"), np.uint8),
-            "kinds": np.frombuffer(profile.symbols.kinds.encode("latin-1"), np.uint8),
-            "btf": np.frombuffer(profile.btf_data, np.uint8),
-        }
+        arrays = {**arrays_of(profile.symbols), "btf": np.frombuffer(profile.btf_data, np.uint8)}
         self._store.keep(key, _FORMAT, head, arrays)

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from vmexit.errors import VmexitError
 
+KERNEL_MAP = 0xFFFF_FFFF_8000_0000
+"""__START_KERNEL_map: the kernel's image lies in the gigabyte behind it."""
 LINKED_AT = 0xFFFF_FFFF_8100_0000
 """Where _text is linked on x86-64: __START_KERNEL_map plus CONFIG_PHYSICAL_START, which no distribution changes."""
 _MOST_PACKED = 256 << 20

@@ -18,17 +18,22 @@ import numpy.typing as npt
 
 from vmexit.errors import VmexitError
 from vmexit.guest.linux.image import LINKED_AT, Image
-from vmexit.guest.symbols import Symbols
-
-Array = npt.NDArray[np.uint64]
+from vmexit.guest.nametable import NameTable
+from vmexit.guest.symbols import Addresses, Symbols
 
 _DIGITS = b"".join(b"%d\0" % digit for digit in range(10))
 _TOKENS = 256
+_NAME, _NOTHING = _TOKENS, _TOKENS + 1
+"""What the bytes of a name's length are read as: the begin of a name, and nothing."""
 _NAMES_A_MARKER = 256
 _MOST_SYMBOLS = 4_000_000
 _MOST_TOKEN = 128
-_MOST_NAMES = 64 << 20
+_MOST_NAMES = 16 << 20
 """Bytes that may lie between the first name and the tokens; 4 MB in a kernel of today."""
+_USUAL_MARKERS = 1 << 20
+"""Bytes; in a kernel of today 1.4 KB of markers, and from Linux 6.2 on half a megabyte behind them that is not needed here."""
+_MOST_TEXT = 64 << 20
+"""Bytes of all names together; 2 MB in a kernel of today."""
 _FEWEST_SYMBOLS = 1000
 _MOST_TRIES = 1000
 """Places that look like a table before one gives up; in a real kernel there are two or three."""
@@ -46,6 +51,8 @@ class _Tables:
     count_at: int
     names: int
     count: int
+    markers: list[int]
+    """Where every 256th name begins, counted from ``names``."""
     end: int
     """Behind token_index."""
 
@@ -56,13 +63,13 @@ def read_symbols(image: Image) -> Symbols:
     for token_table, tokens, end in _token_tables(image.data):
         try:
             tables = _locate(image.data, token_table, end)
-            names = _names(image.data, tables, tokens)
+            names, kinds = _names(image.data, tables, tokens)
         except KallsymsError as error:
             complaint = str(error)
             continue
         addresses = _addresses(image, tables, names)
         if addresses is not None:
-            return Symbols.of(addresses, [name[1:] for name in names], "".join(name[0] for name in names))
+            return Symbols(addresses, NameTable(names), kinds)
         complaint = "the addresses of this kernel's symbols are laid out in a way that is not known here"
     raise KallsymsError(complaint)
 
@@ -71,7 +78,7 @@ def _aligned(offset: int, unit: int = 8) -> int:
     return -(-offset // unit) * unit
 
 
-def _token_tables(data: bytes) -> Iterator[tuple[int, list[str], int]]:
+def _token_tables(data: bytes) -> Iterator[tuple[int, list[bytes], int]]:
     """Where there may be a token_table, its tokens, and the end of the token_index behind it."""
     at = data.find(b"\0" + _DIGITS)
     for _ in range(_MOST_TRIES):
@@ -90,7 +97,7 @@ def _token_tables(data: bytes) -> Iterator[tuple[int, list[str], int]]:
         at = data.find(b"\0" + _DIGITS, at + 1)
 
 
-def _tokens(data: bytes, start: int) -> tuple[list[str], int] | None:
+def _tokens(data: bytes, start: int) -> tuple[list[bytes], int] | None:
     """The tokens that begin there and the end of their index, if there are both and the one confirms the other."""
     pieces = data[start : start + _TOKENS * _MOST_TOKEN].split(b"\0", _TOKENS)
     if len(pieces) <= _TOKENS:
@@ -101,21 +108,30 @@ def _tokens(data: bytes, start: int) -> tuple[list[str], int] | None:
     for unit in (8, 4):
         at = _aligned(start + offsets[-1], unit)
         if data[at : at + len(index)] == index:
-            return [piece.decode("latin-1") for piece in pieces], at + len(index)
+            return pieces, at + len(index)
     return None
 
 
 def _locate(data: bytes, token_table: int, end: int) -> _Tables:
     """Names and their number: by the markers, which lie between the names and the tokens."""
-    first = max(0, token_table - _MOST_NAMES) & ~3
+    # Not far before the tokens in every kernel built so far.
+    for most in (_USUAL_MARKERS, _MOST_NAMES):
+        found = _locate_after(data, max(0, token_table - most) & ~3, token_table, end)
+        if found is not None:
+            return found
+    raise KallsymsError("the symbol table of this kernel is damaged")
+
+
+def _locate_after(data: bytes, first: int, token_table: int, end: int) -> _Tables | None:
+    """The same, where the markers lie at ``first`` or behind."""
     words = np.frombuffer(data, np.uint32, (token_table - first) // 4, first)
-    steps = np.diff(words.astype(np.int64))
     # A marker counts the bytes of 256 names: a length and one token at least, two bytes of length and 512 tokens at most.
-    is_step = (steps >= 2 * _NAMES_A_MARKER) & (steps <= 514 * _NAMES_A_MARKER)
+    # What is less wraps around, and is too much.
+    is_step = np.diff(words) - np.uint32(2 * _NAMES_A_MARKER) <= np.uint32(512 * _NAMES_A_MARKER)
     ends = np.flatnonzero(~is_step)
     starts = np.flatnonzero((words[:-1] == 0) & is_step)
     for start in starts[: -_MOST_TRIES - 1 : -1].tolist():
-        stop = int(ends[np.searchsorted(ends, start)]) if len(ends) and ends[-1] > start else len(steps)
+        stop = int(ends[np.searchsorted(ends, start)]) if len(ends) and ends[-1] > start else len(is_step)
         markers = words[start : stop + 1].tolist()
         if len(markers) * _NAMES_A_MARKER < _FEWEST_SYMBOLS:
             continue
@@ -124,7 +140,7 @@ def _locate(data: bytes, token_table: int, end: int) -> _Tables:
             found = _before(data, first + start * 4, markers[:most], end)
             if found is not None:
                 return found
-    raise KallsymsError("the symbol table of this kernel is damaged")
+    return None
 
 
 def _before(data: bytes, markers_at: int, markers: list[int], end: int) -> _Tables | None:
@@ -137,7 +153,7 @@ def _before(data: bytes, markers_at: int, markers: list[int], end: int) -> _Tabl
             if not (len(markers) - 1) * _NAMES_A_MARKER < count <= min(len(markers) * _NAMES_A_MARKER, _MOST_SYMBOLS):
                 continue
             if _confirms(data, names, markers, count, markers_at):
-                return _Tables(count_at, names, count, end)
+                return _Tables(count_at, names, count, markers, end)
             tries += 1
             if tries == _MOST_TRIES:
                 return None
@@ -168,25 +184,68 @@ def _skip(data: bytes, at: int, count: int) -> int:
     return min(at, len(data))
 
 
-def _names(data: bytes, tables: _Tables, tokens: list[str]) -> list[str]:
-    """Each name with its type, one letter, before it."""
-    names = []
-    at, end = tables.names, len(data)
-    for _ in range(tables.count):
-        if at + 1 >= end:
-            raise KallsymsError("the symbol table of this kernel is cut off")
-        length, at = data[at], at + 1
-        if length >= 0x80:
-            length, at = length & 0x7F | data[at] << 7, at + 1
-        names.append("".join([tokens[token] for token in data[at : at + length]]))
-        at += length
-    if any(len(name) < 2 for name in names):
+def _behind(content: npt.NDArray[np.uint8], names: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Where the names end that begin there; what lies behind the content counts as its last byte."""
+    last = len(content) - 1
+    length = content[np.minimum(names, last)].astype(np.int64)
+    second = content[np.minimum(names + 1, last)].astype(np.int64)
+    # As in _skip.
+    return names + 1 + np.where(length >= 0x80, (length & 0x7F | second << 7) + 1, length)
+
+
+def _codes(data: bytes, tables: _Tables) -> npt.NDArray[np.uint16]:
+    """All names as one row of tokens, with _NAME before each."""
+    content = np.frombuffer(data, np.uint8)
+    groups = np.array(tables.markers, np.int64) + tables.names
+    # The names of all markers side by side: a step for each of 256, not for each name.
+    rows = np.empty((_NAMES_A_MARKER, len(groups)), np.int64)
+    at = groups
+    for row in rows:
+        row[:] = at
+        at = _behind(content, at)
+    names = rows.T.ravel()[: tables.count]
+    end = int(_behind(content, names[-1:])[0])
+    if np.any(at[:-1] != groups[1:]) or end > len(data):
+        raise KallsymsError("the symbol table of this kernel is damaged: its names are not where it says")
+    codes = content[tables.names : end].astype(np.uint16)
+    names -= tables.names
+    long = names[codes[names] >= 0x80] + 1
+    codes[names] = _NAME
+    codes[long] = _NOTHING
+    return codes
+
+
+def _names(data: bytes, tables: _Tables, tokens: list[bytes]) -> tuple[bytes, str]:
+    """The names, a zero byte behind each, and their types, one letter each."""
+    codes = _codes(data, tables)
+    letters = np.frombuffer(b"".join([*tokens, b"\0"]), np.uint8)
+    # Of _NAME and _NOTHING, too.
+    lengths = np.array([*map(len, tokens), 1, 0], np.int32)
+    starts = np.cumsum(lengths, dtype=np.int32) - lengths
+    each = lengths[codes]
+    ends = np.cumsum(each, dtype=np.int64)
+    if ends[-1] > _MOST_TEXT:
+        raise KallsymsError("the symbol table of this kernel is damaged: its names are too long")
+    places = np.arange(ends[-1], dtype=np.int32) + np.repeat(starts[codes] - (ends - each).astype(np.int32), each)
+    text = letters[places]
+    begins = np.flatnonzero(text == 0)
+    if np.diff(begins, append=len(text)).min() < 3:
         raise KallsymsError("the symbol table of this kernel is damaged: there is a symbol without a name")
-    return names
+    is_name = np.ones(len(text), bool)
+    # The zero byte before a name is the one behind the name before it.
+    is_name[0] = False
+    is_name[begins + 1] = False
+    names = text[is_name].tobytes() + b"\0"
+    if not names.isascii():
+        names = names.decode("latin-1").encode("utf-8")
+    return names, text[begins + 1].tobytes().decode("latin-1")
 
 
-def _addresses(image: Image, tables: _Tables, names: list[str]) -> Array | None:
+def _addresses(image: Image, tables: _Tables, names: bytes) -> Addresses | None:
     """The symbols' addresses, in whichever layout gives _text and the banner their due."""
+    text, banner = (_number_of(name, names) for name in (b"_text", b"linux_banner"))
+    if text is None or banner is None:
+        return None
     for at, base_at in _layouts(tables):
         if at < 0 or at + 4 * tables.count > len(image.data):
             continue
@@ -206,7 +265,7 @@ def _addresses(image: Image, tables: _Tables, names: list[str]) -> Array | None:
             # Not negative: the value itself (CONFIG_KALLSYMS_ABSOLUTE_PERCPU); else counted from one below the base.
             relative = np.uint64(base - 1) - offsets.astype(np.uint64)
             addresses = np.where(offsets >= 0, offsets.astype(np.uint64), relative)
-        if _is_plausible(image, names, addresses):
+        if _is_plausible(image, addresses, text, banner):
             return addresses
     return None
 
@@ -224,15 +283,17 @@ def _layouts(tables: _Tables) -> Iterator[tuple[int, int | None]]:
         yield _aligned(tables.end, unit), None
 
 
-def _is_plausible(image: Image, names: list[str], addresses: Array) -> bool:
+def _number_of(name: bytes, names: bytes) -> int | None:
+    """Which of the names it is; of several the first."""
+    at = (b"\0" + names).find(b"\0" + name + b"\0")
+    return None if at < 0 else names.count(b"\0", 0, at)
+
+
+def _is_plausible(image: Image, addresses: Addresses, text: int, banner: int) -> bool:
     """Whether they rise, _text is where kernels begin, and the banner is what lies at its own address."""
     if np.any(addresses[1:] < addresses[:-1]):
         return False
-    try:
-        text, banner = int(addresses[names.index("T_text")]), names.index("DLinux_banner")
-    except ValueError:
-        text = next((int(addresses[i]) for i, name in enumerate(names) if name[1:] == "_text"), 0)
-        banner = next((i for i, name in enumerate(names) if name[1:] == "linux_banner"), -1)
-    if banner < 0 or text < LINKED_AT or text % 0x20_0000:
+    start = int(addresses[text])
+    if start < LINKED_AT or start % 0x20_0000:
         return False
     return image.read(int(addresses[banner]), 14) == b"Linux version "

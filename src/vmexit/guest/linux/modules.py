@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from vmexit.guest.linux.profile import Profile
 from vmexit.guest.linux.recipe import is_kernel_pointer
+from vmexit.guest.lists import BrokenListError, links
 from vmexit.guest.memory import UnreadableError, VirtualMemory
 from vmexit.guest.symbols import Symbols
 
@@ -39,21 +41,16 @@ def read_modules(profile: Profile, slide: int, memory: VirtualMemory) -> list[Mo
         profile.offset(f"module.{member}") for member in ("list", "name", "core_layout.base", "core_layout.size", "state")
     )
     modules: list[Module] = []
-    at, seen = head, {head}
-    for _ in range(_MOST_MODULES):
-        try:
-            at = memory.u64(at)
-            if at in seen or not is_kernel_pointer(at):
+    with contextlib.suppress(BrokenListError, UnreadableError):
+        for link in links(memory, head, head, _MOST_MODULES):
+            if not is_kernel_pointer(link):
                 break
-            seen.add(at)
-            start = at - in_list
+            start = link - in_list
             if memory.u32(start + state) == _UNFORMED:
                 continue
             module = Module(memory.text(start + name, _NAME_LENGTH), memory.u64(start + base), memory.u32(start + size), start)
-        except UnreadableError:
-            break
-        if is_kernel_pointer(module.base) and 0 < module.size <= _MOST_SIZE and module.name:
-            modules.append(module)
+            if is_kernel_pointer(module.base) and 0 < module.size <= _MOST_SIZE and module.name:
+                modules.append(module)
     return modules
 
 
@@ -78,4 +75,4 @@ def read_module_symbols(profile: Profile, memory: VirtualMemory, module: Module)
         pass
     rows.sort()
     addresses = np.array([address for address, _, _ in rows], np.uint64)
-    return Symbols(addresses, [name for _, name, _ in rows], "".join(letter for _, _, letter in rows))
+    return Symbols.of(addresses, [name for _, name, _ in rows], "".join(letter for _, _, letter in rows))

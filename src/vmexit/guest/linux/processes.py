@@ -6,16 +6,17 @@ here, which the kernel calls tgid, and each a ``tid``, which the kernel calls pi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from vmexit.guest.linux import recipe as recipes
 from vmexit.guest.linux.profile import Profile
 from vmexit.guest.linux.recipe import COMM_LENGTH, HIGHEST_PID, THREAD_SIZE, Recipe, is_kernel_pointer
+from vmexit.guest.lists import MOST_TASKS, TaskLists, walk
 from vmexit.guest.memory import UnreadableError, VirtualMemory, printable
 from vmexit.guest.percpu import Areas
+from vmexit.guest.system import TaskList
 
-_MOST_TASKS = 1 << 16
 _MOST_THREADS = 1 << 14
 _DEEPEST_PATH = 64
 _LONGEST_NAME = 255
@@ -49,15 +50,7 @@ class Task:
         return f"{self.comm} (process {self.pid}{thread})"
 
 
-@dataclass(frozen=True, slots=True)
-class TaskList:
-    """What a walk over the guest's list has found; ``broken`` says why it did not come to the list's end."""
-
-    tasks: tuple[Task, ...]
-    broken: str | None = None
-
-
-class Tasks:
+class Tasks(TaskLists[Task]):
     """The tasks of one running kernel."""
 
     def __init__(self, profile: Profile, slide: int, memory: VirtualMemory) -> None:
@@ -115,12 +108,13 @@ class Tasks:
             return None
         return Task(address, pid, tid, _comm(comm), mm)
 
-    def processes(self) -> TaskList:
+    def processes(self) -> TaskList[Task]:
         """The first thread of each process, the oldest first. Raises ProfileError where the lists cannot be found."""
-        first = self._profile.address("init_task") + self._slide
-        return self._walk(first + self._profile.offset("task_struct.tasks"), "task_struct.tasks", _MOST_TASKS)
+        offset = self._profile.offset("task_struct.tasks")
+        head = self._profile.address("init_task") + self._slide + offset
+        return walk(self._memory, head, head, offset, self.read, MOST_TASKS)
 
-    def threads(self, process: Task) -> TaskList:
+    def threads(self, process: Task) -> TaskList[Task]:
         """All threads of a process, its first among them. Raises ProfileError."""
         try:
             signal = self._memory.u64(process.address + self._profile.offset("task_struct.signal"))
@@ -128,46 +122,14 @@ class Tasks:
             return TaskList((), "its task_struct cannot be read")
         if not is_kernel_pointer(signal):
             return TaskList((), "its list of threads is nowhere")
-        return self._walk(signal + self._profile.offset("signal_struct.thread_head"), "task_struct.thread_node", _MOST_THREADS)
-
-    def _walk(self, head: int, member: str, most: int) -> TaskList:
-        """The tasks of a list_head, by their ``next`` pointers alone: ``prev`` may lag behind at any moment."""
-        offset = self._profile.offset(member)
-        tasks: list[Task] = []
-        seen = {head}
-        at = head
-        for _ in range(most):
-            try:
-                at = self._memory.u64(at)
-            except UnreadableError:
-                return TaskList(tuple(tasks), "a link of the list leads nowhere")
-            if at == head:
-                return TaskList(tuple(tasks))
-            task = self.read(at - offset) if at not in seen else None
-            if task is None:
-                return TaskList(tuple(tasks), "the list runs in a circle" if at in seen else "the list leads to what is no task")
-            seen.add(at)
-            tasks.append(task)
-        return TaskList(tuple(tasks), f"the list has more than {most} entries")
-
-    def find(self, pid: int) -> Task | None:
-        """The process of that number. Raises ProfileError."""
-        return next((task for task in self.processes().tasks if task.pid == pid), None)
+        head = signal + self._profile.offset("signal_struct.thread_head")
+        return walk(self._memory, head, head, self._profile.offset("task_struct.thread_node"), self.read, _MOST_THREADS)
 
     def find_thread(self, tid: int) -> Task | None:
         """The thread of that number. Raises ProfileError."""
-        processes = self.processes().tasks
-        found = next((task for task in processes if task.tid == tid), None)
-        return found or next((task for task in self._all_threads(processes) if task.tid == tid), None)
-
-    def _all_threads(self, processes: tuple[Task, ...]) -> Iterator[Task]:
-        left = _MOST_TASKS
-        for process in processes:
-            threads = self.threads(process).tasks
-            yield from threads
-            left -= len(threads)
-            if left < 0:
-                return
+        # Many are the first of their process, which has the same number.
+        found = next((task for task in self.processes().tasks if task.tid == tid), None)
+        return found or super().find_thread(tid)
 
     def parent(self, task: Task) -> Task | None:
         """The process that it is a child of."""

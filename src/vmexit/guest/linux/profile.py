@@ -11,7 +11,7 @@ import numpy as np
 
 from vmexit.errors import NotKnownError
 from vmexit.guest.linux.btf import Btf, BtfError, Kind
-from vmexit.guest.linux.image import LINKED_AT, Image
+from vmexit.guest.linux.image import KERNEL_MAP, LINKED_AT, Image
 from vmexit.guest.linux.kallsyms import read_symbols
 from vmexit.guest.memory import printable
 from vmexit.guest.symbols import Symbols
@@ -95,12 +95,8 @@ def profile_of(image: Image) -> Profile:
     """What an image tells. Raises KallsymsError, ProfileError."""
     symbols = read_symbols(image)
     # Of an image out of a guest's memory the addresses have moved.
-    return complete(moved(symbols, LINKED_AT - (symbols.find("_text") or LINKED_AT)), _reader(image, symbols))
-
-
-def _reader(image: Image, symbols: Symbols) -> Callable[[int, int], bytes]:
     slide = (symbols.find("_text") or LINKED_AT) - LINKED_AT
-    return lambda address, length: image.read(address + slide, length)
+    return complete(symbols.moved(-slide, KERNEL_MAP), lambda address, length: image.read(address + slide, length))
 
 
 def complete(symbols: Symbols, read: Callable[[int, int], bytes]) -> Profile:
@@ -117,15 +113,6 @@ def complete(symbols: Symbols, read: Callable[[int, int], bytes]) -> Profile:
         except BtfError:
             data = b""
     return Profile(banner, symbols, data, offsets)
-
-
-def moved(symbols: Symbols, distance: int) -> Symbols:
-    """The same symbols so much further on; those that are no addresses of the kernel's (per-CPU offsets) stay."""
-    if not distance:
-        return symbols
-    addresses = symbols.addresses
-    shifted = np.where(addresses >= np.uint64(LINKED_AT & ~0x7FFF_FFFF), addresses + np.uint64(distance % (1 << 64)), addresses)
-    return Symbols.of(shifted, symbols.names, symbols.kinds)
 
 
 def parse_map(text: str) -> Symbols:

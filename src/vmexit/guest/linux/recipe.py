@@ -12,8 +12,8 @@ import enum
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from vmexit.guest.linux.image import KERNEL_MAP
 from vmexit.guest.linux.profile import Profile, ProfileError
-from vmexit.guest.linux.slide import KERNEL_MAP
 from vmexit.guest.memory import UnreadableError, VirtualMemory
 
 KERNEL_HALF = 0xFF00_0000_0000_0000

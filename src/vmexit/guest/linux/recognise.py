@@ -107,10 +107,9 @@ class _Search:
 
     def _by_cache(self) -> tuple[Linux, str] | None:
         for known in self._cache.known():
-            if slides.find(self._physical, self._registers, known.banner, known.banner_at) is None:
-                continue
-            profile = self._cache.load(known.key)
-            linux = profile and self._placed(profile)
+            found = slides.find(self._physical, self._registers, known.banner, known.banner_at)
+            profile = self._cache.load(known.key) if found else None
+            linux = self._placed(profile, found[0].slide) if found and profile else None
             if linux:
                 return linux, "a kernel met before"
         return None
@@ -121,7 +120,7 @@ class _Search:
             profile = profile_of(image)
         except (KallsymsError, ProfileError) as error:
             raise NotRecognisedError(f"what is mapped where Linux lies cannot be understood: {error}") from None
-        linux = self._placed(profile)
+        linux = self._placed(profile, image.parts[0].address - LINKED_AT)
         if linux is None:
             raise NotRecognisedError(
                 "no Linux: the banner of what is mapped where its kernel would be has changed", is_other_system=True
@@ -154,12 +153,15 @@ class _Search:
             raise NotRecognisedError("no Linux: what is mapped where its kernel would be has no banner", is_other_system=True)
         return Image(data, [Part(start, 0, len(data))])
 
-    def _placed(self, profile: Profile) -> Linux | None:
-        """The kernel where it runs; None: it does not. Raises NotRecognisedError where it has only begun to."""
+    def _placed(self, profile: Profile, slide: int | None = None) -> Linux | None:
+        """The kernel where it runs; None: it does not. Raises NotRecognisedError where it has only begun to.
+
+        ``slide``: where it may be found at once.
+        """
         banner_at = profile.symbols.find("linux_banner")
         if banner_at is None:
             return None
-        hint = slides.lstar_slide(profile, self._lstar)
+        hint = slides.lstar_slide(profile, self._lstar) if slide is None else slide
         found = slides.find(self._physical, self._registers, profile.banner, banner_at, hint)
         if found is None:
             return None

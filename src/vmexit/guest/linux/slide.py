@@ -12,12 +12,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from vmexit.guest import paging
-from vmexit.guest.linux.image import LINKED_AT
+from vmexit.guest.linux.image import KERNEL_MAP, LINKED_AT
 from vmexit.guest.linux.profile import Profile
 from vmexit.guest.memory import PhysicalMemory, UnreadableError, VirtualMemory
 
-KERNEL_MAP = 0xFFFF_FFFF_8000_0000
-"""__START_KERNEL_map: the kernel's image lies in the gigabyte behind it."""
 SLOT = 0x20_0000
 """What a slide is a multiple of (CONFIG_PHYSICAL_ALIGN, and the size of the pages that the image is mapped with)."""
 _SLOTS = 512
@@ -41,16 +39,14 @@ def roots(registers: Mapping[str, int]) -> list[int]:
     return [root, root & ~_ISOLATION_BIT] if root & _ISOLATION_BIT else [root]
 
 
-def mapped_slots(memory: VirtualMemory) -> list[tuple[int, int]]:
+def mapped_slots(memory: VirtualMemory) -> Iterator[tuple[int, int]]:
     """Address and physical address of each piece of 2 MB that is mapped where kernel images lie."""
-    slots = []
-    for index in range(_SLOTS):
-        address = KERNEL_MAP + index * SLOT
+    for address in range(KERNEL_MAP, KERNEL_MAP + _SLOTS * SLOT, SLOT):
         try:
-            slots.append((address, memory.translate(address)))
+            physical = memory.translate(address)
         except UnreadableError:
             continue
-    return slots
+        yield address, physical
 
 
 def lstar_slide(profile: Profile, lstar: int | None) -> int | None:
@@ -86,10 +82,7 @@ def find(
 def _candidates(memory: VirtualMemory, slide: int | None) -> Iterator[int]:
     if slide is not None:
         yield LINKED_AT + slide
-    try:
-        yield from (address for address, _ in mapped_slots(memory) if address >= LINKED_AT)
-    except UnreadableError:
-        return
+    yield from (address for address, _ in mapped_slots(memory) if address >= LINKED_AT)
 
 
 def kernel_memory(physical: PhysicalMemory, profile: Profile, placement: Placement, levels: int) -> VirtualMemory | None:
@@ -109,13 +102,13 @@ def kernel_memory(physical: PhysicalMemory, profile: Profile, placement: Placeme
 
 def image_extent(memory: VirtualMemory) -> tuple[int, int] | None:
     """Begin and end of what is mapped in one piece from the first mapped address on; None: nothing is."""
-    slots = mapped_slots(memory)
-    if not slots:
-        return None
-    start, first = slots[0]
-    end = start
-    for address, where in slots:
+    found: tuple[int, int] | None = None
+    first = 0
+    for address, where in mapped_slots(memory):
+        start, end = found or (address, address)
+        if found is None:
+            first = where
         if address != end or where != first + address - start:
             break
-        end += SLOT
-    return start, end
+        found = start, end + SLOT
+    return found

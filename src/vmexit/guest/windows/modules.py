@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass
 
 import numpy as np
 
 from vmexit.guest.linux.recipe import is_kernel_pointer
+from vmexit.guest.lists import BrokenListError, links
 from vmexit.guest.memory import UnreadableError, VirtualMemory
 from vmexit.guest.symbols import Symbols
 from vmexit.guest.windows.pe import Image, PeError
@@ -35,19 +37,14 @@ class Module:
 def read_modules(memory: VirtualMemory, head: int) -> list[Module]:
     """All of the list PsLoadedModuleList at ``head``, the kernel among them, as far as it can be read."""
     modules: list[Module] = []
-    at, seen = head, {head}
-    for _ in range(_MOST_MODULES):
-        try:
-            at = memory.u64(at)
-            if at in seen or not is_kernel_pointer(at):
+    with contextlib.suppress(BrokenListError, UnreadableError):
+        for link in links(memory, head, head, _MOST_MODULES):
+            if not is_kernel_pointer(link):
                 break
-            seen.add(at)
-            base, size = memory.u64(at + _BASE), memory.u32(at + _SIZE)
-            file = read_unicode_string(memory, at + _NAME, _LONGEST_NAME)
-        except UnreadableError:
-            break
-        if file and is_kernel_pointer(base) and 0 < size <= _MOST_SIZE:
-            modules.append(Module(_UNTYPEABLE.sub("_", _SUFFIX.sub("", file)), base, size, file))
+            base, size = memory.u64(link + _BASE), memory.u32(link + _SIZE)
+            file = read_unicode_string(memory, link + _NAME, _LONGEST_NAME)
+            if file and is_kernel_pointer(base) and 0 < size <= _MOST_SIZE:
+                modules.append(Module(_UNTYPEABLE.sub("_", _SUFFIX.sub("", file)), base, size, file))
     return modules
 
 
@@ -55,7 +52,7 @@ def symbols_of(image: Image) -> Symbols:
     """An image's exports, as RVAs; T is code, D is data, as nm has it."""
     rows = sorted((rva, name) for name, rva in image.exports.items())
     kinds = "".join("T" if image.is_code(rva) else "D" for rva, _ in rows)
-    return Symbols(np.array([rva for rva, _ in rows], np.uint64), [name for _, name in rows], kinds)
+    return Symbols.of(np.array([rva for rva, _ in rows], np.uint64), [name for _, name in rows], kinds)
 
 
 def read_module_symbols(memory: VirtualMemory, module: Module) -> Symbols:
@@ -64,4 +61,4 @@ def read_module_symbols(memory: VirtualMemory, module: Module) -> Symbols:
         symbols = symbols_of(Image(memory, module.base))
     except (UnreadableError, PeError):
         return Symbols.none()
-    return Symbols(symbols.addresses + np.uint64(module.base), symbols.names, symbols.kinds)
+    return symbols.moved(module.base)

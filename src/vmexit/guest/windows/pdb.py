@@ -139,7 +139,7 @@ def _symbols(streams: Streams, dbi: bytes, header: tuple[int, ...]) -> Symbols:
                 rows.append((rva, name, kind))
     rows.sort()
     rvas = np.array([rva for rva, _, _ in rows], np.uint64)
-    return Symbols(rvas, [name for _, name, _ in rows], "".join(kind for _, _, kind in rows))
+    return Symbols.of(rvas, [name for _, name, _ in rows], "".join(kind for _, _, kind in rows))
 
 
 def _publics(data: bytes) -> Iterator[tuple[int, int, str, str]]:

@@ -6,14 +6,16 @@ address space, and stays what it is here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from vmexit.guest import paging
 from vmexit.guest.linux import recipe as recipes
 from vmexit.guest.linux.recipe import CPU, HIGHEST_PID, Check, Recipe, Step, is_kernel_pointer
+from vmexit.guest.lists import MOST_TASKS, TaskLists, walk
 from vmexit.guest.memory import UnreadableError, VirtualMemory, printable
 from vmexit.guest.percpu import Areas
+from vmexit.guest.system import TaskList
 from vmexit.guest.windows import layout
 from vmexit.guest.windows.layout import Offsets
 from vmexit.guest.windows.locate import KPCR_SELF, KPRCB
@@ -23,7 +25,6 @@ NAME_LENGTH = 15
 SYSTEM_PID = 4
 STACK_BYTES = 0x6000
 """Of a thread's kernel stack; those of threads with windows are longer, and only their lower part is told to be theirs."""
-_MOST_PROCESSES = 1 << 16
 _MOST_THREADS = 1 << 16
 _LONGEST_PATH = 4096
 
@@ -53,14 +54,6 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True)
-class TaskList:
-    """What a walk over the guest's list has found; ``broken`` says why it did not come to the list's end."""
-
-    tasks: tuple[Task, ...]
-    broken: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Known:
     """What it takes to look at the processes of one boot."""
 
@@ -71,7 +64,7 @@ class Known:
     """The KPCRs."""
 
 
-class Tasks:
+class Tasks(TaskLists[Task]):
     """The processes and threads of one running kernel."""
 
     def __init__(self, memory: Callable[[], VirtualMemory], known: Callable[[], Known]) -> None:
@@ -151,7 +144,7 @@ class Tasks:
             return None
         return Task(address, process.pid, tid, process.comm, process.address, process.is_kernel_thread)
 
-    def processes(self) -> TaskList:
+    def processes(self) -> TaskList[Task]:
         """All that are alive, System first. Raises VmexitError."""
         known = self._get_known()
         links = known.offsets[layout.PROCESS_LINKS]
@@ -163,10 +156,10 @@ class Tasks:
             head = self._memory.u64(known.system + links + 8)
         except UnreadableError:
             head = 0
-        found = self._walk(known.system + links, head, links, self.read_process, _MOST_PROCESSES)
+        found = walk(self._memory, known.system + links, head, links, self.read_process, MOST_TASKS)
         return TaskList((system, *found.tasks), found.broken)
 
-    def threads(self, process: Task) -> TaskList:
+    def threads(self, process: Task) -> TaskList[Task]:
         """All threads of a process. Raises VmexitError."""
         offsets = self._get_known().offsets
         if layout.THREAD_LINKS not in offsets:
@@ -177,47 +170,11 @@ class Tasks:
             task = self.read_thread(address)
             return task if task and task.process == process.process else None
 
-        return self._walk(head, head, offsets[layout.THREAD_LINKS], read, _MOST_THREADS)
-
-    def _walk(self, start: int, end: int, offset: int, read: Callable[[int], Task | None], most: int) -> TaskList:
-        """What is linked behind ``start``, up to the link ``end``; each link lies ``offset`` bytes into its structure."""
-        tasks: list[Task] = []
-        seen = {start}
-        at = start
-        for _ in range(most):
-            try:
-                at = self._memory.u64(at)
-            except UnreadableError:
-                return TaskList(tuple(tasks), "a link of the list leads nowhere")
-            if at == end:
-                return TaskList(tuple(tasks))
-            task = read(at - offset) if at not in seen else None
-            if task is None:
-                return TaskList(tuple(tasks), "the list runs in a circle" if at in seen else "the list leads to what is none")
-            seen.add(at)
-            tasks.append(task)
-        return TaskList(tuple(tasks), f"the list has more than {most} entries")
+        return walk(self._memory, head, head, offsets[layout.THREAD_LINKS], read, _MOST_THREADS)
 
     def process_of(self, task: Task) -> Task | None:
         """A thread's process."""
         return self.read_process(task.process)
-
-    def find(self, pid: int) -> Task | None:
-        """The process of that number. Raises VmexitError."""
-        return next((task for task in self.processes().tasks if task.pid == pid), None)
-
-    def find_thread(self, tid: int) -> Task | None:
-        """The thread of that number. Raises VmexitError."""
-        return next((task for task in self._all_threads() if task.tid == tid), None)
-
-    def _all_threads(self) -> Iterator[Task]:
-        left = _MOST_THREADS
-        for process in self.processes().tasks:
-            threads = self.threads(process).tasks
-            yield from threads
-            left -= len(threads)
-            if left < 0:
-                return
 
     def parent_id(self, task: Task) -> int | None:
         """The number of the process that has made it; another one may have it by now."""

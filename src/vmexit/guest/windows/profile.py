@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from vmexit.guest.linux.btf import Btf, BtfError
-from vmexit.guest.store import Store
+from vmexit.guest.store import Store, arrays_of, symbols_of
 from vmexit.guest.symbols import Symbols
 
-_FORMAT = 1
+_FORMAT = 2
 """To be raised whenever what is kept, or what it means, changes."""
 
 
@@ -45,24 +43,15 @@ def load(store: Store, key: str) -> Profile | None:
         return None
     head, arrays = found
     try:
-        addresses = arrays["addresses"].astype(np.uint64)
-        names = arrays["names"].tobytes().decode("utf-8").split("\0") if len(addresses) else []
-        kinds = arrays["kinds"].tobytes().decode("latin-1")
+        symbols = symbols_of(arrays)
         offsets = {str(name): int(value) for name, value in head["offsets"].items()}
         types = arrays["types"].tobytes()
     except (KeyError, ValueError, TypeError, AttributeError):
         return None
-    if not len(addresses) == len(names) == len(kinds) or np.any(addresses[1:] < addresses[:-1]):
-        return None
-    return Profile(key, offsets, Symbols(addresses, names, kinds), types)
+    return Profile(key, offsets, symbols, types)
 
 
 def keep(store: Store, profile: Profile) -> None:
     """Keeps it for the next session, which needs no PDB then; does nothing where that is not possible."""
-    arrays: dict[str, npt.NDArray[Any]] = {
-        "addresses": profile.symbols.addresses,
-        "names": np.frombuffer("\0".join(profile.symbols.names).encode("utf-8"), np.uint8),
-        "kinds": np.frombuffer(profile.symbols.kinds.encode("latin-1"), np.uint8),
-        "types": np.frombuffer(profile.types_data, np.uint8),
-    }
+    arrays = {**arrays_of(profile.symbols), "types": np.frombuffer(profile.types_data, np.uint8)}
     store.keep(profile.key, _FORMAT, {"offsets": dict(profile.offsets)}, arrays)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import chain
+
+import numpy as np
 
 from vmexit.errors import VmexitError
 from vmexit.guest.linux.btf import Btf
 from vmexit.guest.linux.recipe import Recipe, is_kernel_pointer
 from vmexit.guest.memory import UnreadableError, VirtualMemory
-from vmexit.guest.symbols import KERNEL, Place, Symbol, Symbols
+from vmexit.guest.naming import Naming
+from vmexit.guest.symbols import KERNEL, Place, Symbols
 from vmexit.guest.windows import layout
 from vmexit.guest.windows.accessors import processor_table, read_offsets
 from vmexit.guest.windows.locate import KPRCB, Kernel, is_kpcr
@@ -22,25 +24,29 @@ from vmexit.guest.windows.settle import Candidate, ProcessesUnknownError, settle
 
 NT = "nt"
 """What the kernel is called where modules have names, as in Microsoft's own debuggers."""
-_KERNEL_NAMES = frozenset({NT, KERNEL, "ntoskrnl", "ntkrnlmp"})
+_OTHER_NAMES = (KERNEL, "ntoskrnl", "ntkrnlmp")
 _SHARED_BUILD = 0xFFFF_F780_0000_0000 + 0x260
 """KUSER_SHARED_DATA.NtBuildNumber: the build as programs see it, which updates raise without another kernel."""
 _MOST_CPUS = 2048
-_MOST_PLACES = 1 << 16
 
 
 class TypesUnknownError(VmexitError):
     """No PDB has told the kernel's types."""
 
 
-class Windows:
+class Windows(Naming[Module]):
     """One boot of a kernel. What is read of it holds for one stop of the machine: ``forget`` when it has run."""
-
-    kernel_name = NT
 
     def __init__(self, kernel: Kernel, profile: Profile | None = None) -> None:
         """``profile``: what a PDB of this very kernel says."""
-        self.image = kernel.image
+        image = kernel.image
+        # As RVAs; a PDB's hold the exports, too.
+        symbols = profile.symbols if profile else symbols_of(image)
+        symbols = symbols.moved(image.base)
+        # Without a PDB most functions have no name, and shall not be called by the one before.
+        symbols.nameless = image.functions[:, 0].astype(np.uint64) + np.uint64(image.base)
+        super().__init__(NT, _OTHER_NAMES, (image.base, image.base + image.size), symbols)
+        self.image = image
         self.memory = kernel.memory
         self.profile = profile
         self.tasks = Tasks(lambda: self.memory, lambda: self.known)
@@ -48,20 +54,11 @@ class Windows:
         self._settled: Candidate | None = None
         self._known: Known | None = None
         self._unknown: ProcessesUnknownError | None = None
-        self._places: dict[int, Place] = {}
-        self._modules: list[Module] = []
-        self._modules_hold = False
-        self._module_bases: list[int] = []
-        self._module_symbols: dict[Module, Symbols] = {}
-        # As RVAs; a PDB's hold the exports, too.
-        self._symbols = profile.symbols if profile else symbols_of(self.image)
-        # Both are read now, while the machine stands: names are asked for while it runs, too.
-        self._functions = self.image.functions
 
     def forget(self) -> None:
         """The machine has run, or somebody has changed its memory."""
         self.memory.forget()
-        self._modules_hold = False
+        self._forget_modules()
         self._known = self._unknown = None
 
     def is_still_there(self) -> bool:
@@ -102,11 +99,6 @@ class Windows:
         record = self.image.codeview
         return f"{record.file} {record.key}" if record else "not known: it has no CodeView record"
 
-    @property
-    def extent(self) -> tuple[int, int]:
-        """Where the kernel's image begins and ends."""
-        return self.image.base, self.image.base + self.image.size
-
     def describe(self) -> str:
         """One line: what runs, and how much is known of it."""
         count = len(self.modules)
@@ -125,11 +117,6 @@ class Windows:
 
     # ---- symbols ----
 
-    @property
-    def symbol_count(self) -> int:
-        """How many symbols of the kernel's own are known."""
-        return len(self._symbols)
-
     def _variable(self, name: str) -> int | None:
         """The address of one of the kernel's own symbols, exported or known by the PDB."""
         rva = self.image.exports.get(name)
@@ -137,132 +124,32 @@ class Windows:
             rva = self.profile.symbols.find(name)
         return None if rva is None or rva >= self.image.size else self.image.base + rva
 
-    @property
-    def modules(self) -> list[Module]:
-        """By their address, without the kernel itself; empty where the list cannot be found."""
-        if not self._modules_hold:
-            head = self._variable("PsLoadedModuleList")
-            found = read_modules(self.memory, head) if head is not None else []
-            self._modules = sorted((each for each in found if each.base != self.image.base), key=lambda module: module.base)
-            self._module_bases = [module.base for module in self._modules]
-            self._modules_hold = True
-        return self._modules
+    def _read_modules(self) -> Iterable[Module]:
+        head = self._variable("PsLoadedModuleList")
+        found = read_modules(self.memory, head) if head is not None else []
+        return (module for module in found if module.base != self.image.base)
 
-    def module_symbols(self, module: Module) -> Symbols:
-        """What it exports; empty where that cannot be read."""
-        symbols = self._module_symbols.get(module)
-        if symbols is None:
-            symbols = self._module_symbols[module] = read_module_symbols(self.memory, module)
-        return symbols
+    def _read_module_symbols(self, module: Module) -> Symbols:
+        return read_module_symbols(self.memory, module)
 
-    def module_at(self, address: int) -> Module | None:
-        """The driver whose code or data an address is."""
-        return self._module_of(self.modules, address)
+    def _nameless(self, address: int) -> Place:
+        return Place(NT, address - self.image.base, NT)
 
-    def _module_of(self, modules: list[Module], address: int) -> Module | None:
-        index = bisect_right(self._module_bases, address) - 1
-        if index < 0 or address >= modules[index].base + modules[index].size:
-            return None
-        return modules[index]
-
-    def name_of(self, address: int) -> Place | None:
-        """What lies at an address; None: nothing that has a name."""
-        # The kernel's own names stay what they are, and traps come from few places.
-        place = self._places.get(address)
-        if place is not None:
-            return place
-        rva = address - self.image.base
-        if not 0 <= rva < self.image.size:
-            return self._in_module(address)
-        return self._in_kernel(rva)
-
-    def known_name(self, address: int) -> Place | None:
-        """The same without looking at the machine, which may run: a driver's where it was among those last seen."""
-        rva = address - self.image.base
-        if 0 <= rva < self.image.size:
-            return self._places.get(address) or self._in_kernel(rva)
-        module = self._module_of(self._modules, address)
-        return self._place(module, self._module_symbols.get(module), address) if module else None
-
-    @property
-    def seen_modules(self) -> list[Module]:
-        """Those last seen, without looking at the machine: another list each time that they have been read."""
-        return self._modules
-
-    def look_at_modules(self) -> None:
-        """Reads them and what they export, so that ``known_name`` and ``known_address`` know them when the machine runs again."""
-        for module in self.modules:
-            self.module_symbols(module)
-
-    def _in_kernel(self, rva: int) -> Place:
-        found = self._symbols.at(rva)
-        if found is None or not self._is_one_function(rva - found[1], rva):
-            found = (NT, rva)
-        if len(self._places) >= _MOST_PLACES:
-            self._places.clear()
-        place = self._places[rva + self.image.base] = Place(*found, NT)
-        return place
-
-    def _is_one_function(self, symbol: int, rva: int) -> bool:
-        """Whether a symbol's function is the one that holds an address: without a PDB most functions have no name."""
-        if not self.image.is_code(rva):
-            return True
-        function = self.image.function_at(rva)
-        if function is not None:
-            return symbol >= function[0]
-        # A leaf function is not in the table; one that is may lie between.
-        between = self._functions[:, 0]
-        return not bool(((between > symbol) & (between <= rva)).any())
-
-    def _in_module(self, address: int) -> Place | None:
-        module = self.module_at(address)
-        if module is None:
-            return None
-        return self._place(module, self.module_symbols(module), address)
+    def _find_in_kernel(self, symbol: str) -> int | None:
+        address = super()._find_in_kernel(symbol)
+        if address is not None:
+            return address
+        rva = self.image.exports.get(symbol)
+        return None if rva is None else self.image.base + rva
 
     @staticmethod
-    def _place(module: Module, symbols: Symbols | None, address: int) -> Place:
-        found = symbols.at(address) if symbols is not None else None
+    def _is_of(module: Module, address: int, distance: int) -> bool:
         # What a driver exports says little of the rest of it: only the very address.
-        if found is None or found[1]:
-            return Place(module.name, address - module.base, module.name)
-        return Place(*found, module.name)
+        return distance == 0
 
-    def address_of(self, name: str) -> int | None:
-        """Of a symbol: "NtClose", "nt!NtClose", "tcpip!..."; the kernel's own go first. None: there is none."""
-        return self._address_of(name, lambda: self.modules)
-
-    def known_address(self, name: str) -> int | None:
-        """The same without looking at the machine: a driver's where it was among those last seen."""
-        return self._address_of(name, lambda: [module for module in self._modules if module in self._module_symbols])
-
-    def _address_of(self, name: str, modules: Callable[[], list[Module]]) -> int | None:
-        wanted, has_module, symbol = name.rpartition("!")
-        if not has_module or wanted.lower() in _KERNEL_NAMES:
-            rva = self._symbols.find(symbol)
-            if rva is None:
-                rva = self.image.exports.get(symbol)
-            if rva is not None:
-                return self.image.base + rva
-            if has_module:
-                return None
-        for module in modules():
-            if not has_module or module.name.lower() == wanted.lower():
-                address = self.module_symbols(module).find(symbol)
-                if address is not None:
-                    return address
-        return None
-
-    def search(self, pattern: str) -> Iterator[tuple[Symbol, str]]:
-        """Symbols, each with its module, whose name matches a pattern: "*msr*", "nt!Ps*", "tcpip!*"."""
-        wanted, has_module, symbols = pattern.rpartition("!")
-        if not has_module or wanted.lower() in (*_KERNEL_NAMES, "*"):
-            for symbol in self._symbols.search(symbols):
-                yield symbol._replace(address=symbol.address + self.image.base), NT
-        for module in self.modules:
-            if not has_module or wanted.lower() in (module.name.lower(), "*"):
-                for symbol in self.module_symbols(module).search(symbols):
-                    yield symbol, module.name
+    @staticmethod
+    def _typed(name: str) -> str:
+        return name.lower()
 
     # ---- processes ----
 

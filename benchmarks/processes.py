@@ -1,4 +1,4 @@
-"""Measures what it costs to know the process at each trap: `python -m benchmarks.processes`.
+"""Measures what it costs to know the process, and the caller, at each trap: `python -m benchmarks.processes`.
 
 The loop of WRMSRs, in a guest that the tests have given a thread; all cases take turns in every round. The machine's processor
 time counts, less what the same loop takes without the question.
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import vmexit
 from benchmarks.loop import MSR, Loop
-from tests.bare_task import PID, lay_out
+from tests.bare_task import PID, lay_out, lay_out_caller
 from tests.guests.build import OK_STATUS, build
 from tests.vmm import build_vmm, vmm_arguments
 
@@ -27,6 +27,10 @@ SetUp = Callable[[vmexit.Debugger], object]
 CASES: dict[str, SetUp] = {
     "recorded": lambda debugger: debugger.on_msr_write(MSR, keep=0),
     "recorded, with its process": lambda debugger: debugger.on_msr_write(MSR, with_process=True, keep=0),
+    "recorded, with caller, too": lambda debugger: (
+        debugger.set_code(lay_out_caller(debugger)),
+        debugger.on_msr_write(MSR, with_process=True, keep=0),
+    ),
     "recorded, of that process": lambda debugger: debugger.on_msr_write(MSR, pid=PID, keep=0),
     "a script that counts": lambda debugger: debugger.on_msr_write(MSR, script="if ($msr) { .n = .n + 1; }"),
     "a script that counts $pid": lambda debugger: debugger.on_msr_write(MSR, script="if ($pid) { .n = .n + 1; }"),
@@ -76,12 +80,12 @@ def _table(name: str, run: Callable[[SetUp], float]) -> None:
     names = list(CASES)
     print(f"{name:<32}{'ns a write':>12}{'more':>10}{'ratio':>8}")
     for case in names:
-        base = names[0] if names.index(case) < 3 else names[3]
+        base = names[0] if case.startswith("recorded") else names[-2]
         middle = statistics.median(found[case])
         more = statistics.median(mine - plain for mine, plain in zip(found[case], found[base], strict=True))
         line = f"{case:<32}{middle:>12.1f}"
         print(line if case == base else f"{line}{more:>10.1f}{middle / statistics.median(found[base]):>8.2f}")
-    more = statistics.median(mine - plain for mine, plain in zip(found[names[4]], found[names[3]], strict=True))
+    more = statistics.median(mine - plain for mine, plain in zip(found[names[-1]], found[names[-2]], strict=True))
     print(f"$pid: {more:.0f} ns (at most {WANTED_NS}: {'met' if more <= WANTED_NS else 'MISSED'})\n")
 
 

@@ -15,6 +15,7 @@ from vmexit import Debugger, LiveTrap, StopReason, Trap
 from vmexit.debugger import State
 from vmexit.errors import VmexitError
 from vmexit.guest_view import GuestView
+from vmexit.link import wire
 from vmexit.link.wire import Action, Capability
 from vmexit.recognition import LSTAR
 from vmexit.script.errors import ScriptError
@@ -90,6 +91,28 @@ def test_a_kernel_that_sets_lstar_is_recognised_once(running: Watched) -> None:
     assert running.debugger.guest.is_known and running.is_watched
     running.typist.types("pause")
     assert running.typist.types("guest").split("\n")[0] == LINE
+
+
+def test_the_agent_learns_where_code_is_and_of_new_modules(running: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = running.typist.link.codes
+    assert codes == []
+    running.asks(linux_guest().address(ENTRY))
+    size, head = wire.size("code"), wire.size("frames")
+    first = codes[-1]
+    assert len(codes) == 1 and len(first) > head + size
+    running.typist.types("pause")
+    running.debugger.recognition.at_stop()
+    assert codes == [first]
+    linux = running.debugger.guest.linux
+    monkeypatch.setattr(linux, "_read_modules", list)
+    running.typist.types("g")
+    running.typist.types("pause")
+    running.debugger.recognition.at_stop()
+    assert len(codes) == 2 and len(codes[-1]) == len(first) - size
+    running.typist.types("g")
+    running.typist.target.pending.append(Notice(NoticeKind.RESET))
+    running.debugger.pump()
+    assert codes[2:] == [b""]
 
 
 def test_nobody_sees_the_question(running: Watched) -> None:

@@ -147,6 +147,8 @@ def test_events_about_a_process(layout: Layout, tmp_path: Path) -> None:
     owners = {0x123C: 0x1234, 0x1238: 0x1234, 8: 4, 0x1A8: 0x1A4, 0: 0}
     names = {0x1234: "a-long-program", 4: "System", 0x1A4: "smss.exe", 0: "Idle"}
     assert seen == [(owners[tid], tid) for tid in ORDER]
+    # What has called it is code of the bare guest's, and is taken for none of Windows'.
+    assert {trap.caller_number for trap in every.recording} == {0}
     assert "".join(printed).splitlines() == [
         f"{owners[tid]:x} {tid:x} {names[owners[tid]]} {windows.processes[owners[tid]]:x} {windows.threads[tid]:x}"
         for tid in ORDER

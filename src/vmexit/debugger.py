@@ -18,6 +18,7 @@ from vmexit.events.event import Callback, Event
 from vmexit.events.table import EventTable
 from vmexit.guest.disassembly import Mode, mode_of
 from vmexit.guest.linux.recipe import Recipe
+from vmexit.guest.system import CodeMap
 from vmexit.guest_view import GuestView
 from vmexit.hooks import HookOptions, Msr, make_event
 from vmexit.link.client import RequestError
@@ -132,6 +133,8 @@ class Debugger:
         self._dispatch = Dispatch(self, self._program, self._rings)
         self.summary = self._dispatch.summary
         """The MSRs of all traps so far, and of each how often, by which cores and with which values."""
+        self.callers = self._dispatch.callers
+        """Where the functions return to that traps were in."""
         self.thread_names = self._dispatch.thread_names
         """Of the guest's threads that traps have named."""
         self.listeners = self._dispatch.listeners
@@ -184,14 +187,14 @@ class Debugger:
 
     def _told_of(self) -> Machine:
         """What outputs are told of the machine."""
-        return Machine(self.target.name, self.target.pid or 0, self._lines)
+        return Machine(self.target.name, self.target.pid or 0, self._lines, self.names)
 
     def _lines(self, records: Records) -> str:
         """Traps as lines of text, as the console has them."""
         from vmexit.console.render import Columns
 
         if self._columns is None:
-            self._columns = Columns(self.started_ns)
+            self._columns = Columns(self.started_ns, names=self.names)
         return self._columns.lines(records)
 
     # ---- events ----
@@ -331,6 +334,12 @@ class Debugger:
         with self.lock:
             if self.state != State.ENDED and self.target.only_looks is None:
                 self._program.set_recipe(recipe)
+
+    def set_code(self, code: CodeMap | None) -> None:
+        """Says how to find the caller of a function at a trap, or that this is not known any more (guest_view does)."""
+        with self.lock:
+            if self.state != State.ENDED and self.target.only_looks is None:
+                self._program.set_code(code)
 
     def sync_events(self) -> None:
         """Takes over what scripts have made of the events (event_enable, event_disable, event_clear); ``pump`` does so, too."""

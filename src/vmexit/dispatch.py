@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vmexit.callers import Callers
 from vmexit.link.rings import Records, Rings, are_alike
 from vmexit.link.wire import RECORD, Action, RecordFlag, offset
 from vmexit.prints import Printed, printed
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
 _RECORD = int(Action.RECORD)  # an operation on plain numbers takes a tenth of the time
 _ASK = int(Action.ASK)
 _TEXT = int(Action.PRINT | Action.FAULT)
+_CALLER = int(Action.CALLER)
 _AGAIN = int(RecordFlag.AGAIN)
-_SEQUENCE, _EVENT = struct.Struct("<Q"), struct.Struct("<I")
+_SEQUENCE, _EVENT = struct.Struct("<Q"), struct.Struct("<H")
 _SEQUENCE_AT, _EVENT_AT, _FLAGS_AT = (offset("record", name) for name in ("sequence", "event", "flags"))
 _LEAVES_TEXT = _TEXT | int(Action.NAME)
 
@@ -48,6 +50,7 @@ class Dispatch:
         self.summary = Summary()
         looks = debugger.target.only_looks
         self.thread_names = ThreadNames(looks.threads if looks else None)
+        self.callers = Callers()
         self.breaks: deque[Trap] = deque()
         """What has broken, and has not been shown yet."""
         self.answered = False
@@ -119,6 +122,8 @@ class Dispatch:
         # A question mostly comes alone, and for one record numpy is slow.
         alike = len(records) == 1 or are_alike(records)
         actions = int(records["action"][0] if alike else np.bitwise_or.reduce(records["action"]))
+        if actions & _CALLER:
+            self.callers.learn(records[records["action"] == _CALLER])
         rest = self._forward(records)
         if alike and rest is records:
             self._take_action(records, actions, alike=True)
@@ -163,6 +168,7 @@ class Dispatch:
             return
         if action == Action.NAME:
             self.thread_names.learn(records, self._rings)
+        if action in (Action.NAME, Action.CALLER):
             return
         counted = first_questions(records) if action == _ASK else records
         if len(counted):

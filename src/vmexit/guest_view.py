@@ -77,6 +77,8 @@ class GuestView:
         self._given = given or Help()
         self._found: Recognised | None = None
         self._failed: NotRecognisedError | None = None
+        self._coded: object = None
+        """The modules that the agent knows the code of."""
         self._callback: object = None
         """Stands for the callback that asks, as a Stop does for a machine that is halted."""
         self._read_at: object = None
@@ -96,6 +98,7 @@ class GuestView:
         """Another system may be running now: it is recognised anew when it is next asked for."""
         self._found = self._failed = None
         self._debugger.set_recipe(None)
+        self._debugger.set_code(None)
 
     def _tell_agent(self) -> None:
         """Has the agent know which process runs, as soon as the kernel has come so far that it can be known."""
@@ -106,6 +109,22 @@ class GuestView:
         # An agent that does not take it does without; everything else is known all the same.
         with contextlib.suppress(RequestError):
             self._debugger.set_recipe(recipe)
+        self._tell_code()
+
+    def _tell_code(self) -> None:
+        """Has the agent know how to find callers, in modules as in the kernel itself."""
+        with contextlib.suppress(RequestError):
+            self._debugger.set_code(None if self._found is None else self._found.stacks.code_map())
+        self._coded = None if self._found is None else self._found.system.seen_modules
+
+    def look_at_modules(self) -> None:
+        """Takes note of the modules that are loaded now, for what is to be known while the guest runs. Raises LinkError."""
+        system = self.known
+        if system is None:
+            return
+        system.look_at_modules()
+        if system.seen_modules != self._coded:
+            self._tell_code()
 
     def forget(self) -> None:
         """Memory has changed: nothing of it that was read before counts any more."""
@@ -198,6 +217,8 @@ class GuestView:
             if self._found.system.is_still_there():
                 if not self._debugger.knows_processes:
                     self._tell_agent()
+                elif self._found.system.seen_modules != self._coded:
+                    self._tell_code()
                 return self._found
         elif self._failed is not None and not is_new:
             raise self._failed

@@ -50,7 +50,7 @@ class HookOptions(TypedDict, total=False):
     immediate: bool
     """False: records may be gathered, which costs a trap less."""
     with_process: bool
-    """False; True: records tell process and thread (Trap.pid, Trap.tid)."""
+    """False; True: records tell process, thread (Trap.pid, Trap.tid) and caller (Debugger.callers)."""
     outputs: Sequence[str]
     """None; or names of outputs (Debugger.outputs) that what the script prints, or each trap, goes to."""
     keep: int

@@ -6,10 +6,12 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from vmexit import callers
 from vmexit.errors import LinkError, VmexitError
 from vmexit.events.event import Event, EventError
 from vmexit.events.table import EventTable
 from vmexit.guest.linux.recipe import Recipe
+from vmexit.guest.system import CodeMap
 from vmexit.link import wire
 from vmexit.link.client import Link, RequestError
 from vmexit.link.wire import Action, Capability, EventFlag, EventState, Stage, Status
@@ -137,6 +139,7 @@ class Program:
         self._there: set[int] = set()
         self._changes = 0
         self._recipe = b""
+        self._code = b""
 
     @property
     def knows_processes(self) -> bool:
@@ -149,6 +152,13 @@ class Program:
         if packed != self._recipe:
             self._link.set_recipe(packed)
             self._recipe = packed
+
+    def set_code(self, code: CodeMap | None) -> None:
+        """Tells the agent how to find callers, or that this is not known any more. Raises VmexitError if it does not take it."""
+        packed = callers.pack(code) if code is not None else b""
+        if packed != self._code:
+            self._link.set_code(packed)
+            self._code = packed
 
     def push(self) -> None:
         """Makes the agent's events those of the table, from the next instruction on. Raises LinkError."""

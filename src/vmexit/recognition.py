@@ -89,11 +89,9 @@ class Recognition:
             return
         was_known = view.is_known
         try:
-            system = view.known
-            if system is not None:
-                system.look_at_modules()
-                if not was_known:
-                    self._tell(view.summary())
+            view.look_at_modules()
+            if view.is_known and not was_known:
+                self._tell(view.summary())
         except VmexitError:
             pass  # somebody has let it run on
 

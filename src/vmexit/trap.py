@@ -51,6 +51,8 @@ class Trap(NamedTuple):
     flags: RecordFlag
     length: int
     """Of the instruction, in bytes."""
+    caller_number: int = 0
+    """Of the place that the function with the instruction returns to (vmexit.callers has it by this); 0: not known."""
     pid: int = 0
     """The guest's number of the process that executed it, where that is known (RecordFlag.PROCESS_KNOWN); else 0."""
     tid: int = 0
@@ -65,7 +67,7 @@ class Trap(NamedTuple):
 # The fields of a record that make a trap, in the order of both.
 _NAMES = (
     *("sequence", "time_ns", "rip", "rsp", "value", "msr", "event", "vcpu", "access", "stage", "action", "flags", "length"),
-    *("process", "thread"),
+    *("caller", "process", "thread"),
 )
 
 
@@ -81,7 +83,7 @@ _RECORD = _layout()  # numpy takes ten times as long to make Python's numbers of
 
 
 def _trap_of(fields: tuple[int, ...]) -> Trap:
-    sequence, time, rip, rsp, value, msr, event, core, access, stage, action, flags, length, pid, tid = fields
+    sequence, time, rip, rsp, value, msr, event, core, access, stage, action, flags, length, caller, pid, tid = fields
     return Trap(
         sequence,
         time,
@@ -96,6 +98,7 @@ def _trap_of(fields: tuple[int, ...]) -> Trap:
         _ACTION[action],
         _FLAGS[flags],
         length,
+        caller,
         pid,
         tid,
     )

@@ -193,7 +193,7 @@ def test_unknown_type(host: FakeHost, raw: socket.socket, kind: int) -> None:
 # ---- tables of events ----
 
 WRONG_FIELDS = [
-    *[("id", 0), ("id", 1), ("slot", wire.MAX_EVENTS), ("slot", 0xFFFFFFFF)],
+    *[("id", 0), ("id", 1), ("id", wire.MAX_EVENT_ID + 1), ("slot", wire.MAX_EVENTS), ("slot", 0xFFFFFFFF)],
     *[("access", 0), ("access", 4), ("access", 255), ("stages", 0), ("stages", 4), ("stages", 255)],
     *[
         ("actions", 0),

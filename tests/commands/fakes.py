@@ -132,6 +132,7 @@ class FakeLink:
         self.limits = (0, 0)
         self.drop = False
         self.recipes: list[bytes] = []
+        self.codes: list[bytes] = []
         self.decided: list[tuple[int, bool]] = []
         self.values = [dict.fromkeys(range(wire.REGISTERS), 0) for _ in range(target.vcpus)]
         self.pages: dict[tuple[bool, int], bytes] = {}
@@ -168,6 +169,9 @@ class FakeLink:
 
     def set_recipe(self, recipe: bytes) -> None:
         self.recipes.append(recipe)
+
+    def set_code(self, code: bytes) -> None:
+        self.codes.append(code)
 
     def decide(self, vcpu: int, skip: bool) -> None:
         self._check_halted()

@@ -176,6 +176,35 @@ def test_the_thread_is_named_where_the_record_tells_it(booted: Typist, monkeypat
     )
 
 
+def called(number: int, *, guessed: bool = False, rip: int = WRMSR_AT, core: int = 0) -> Records:
+    """A record that tells its caller."""
+    made = record(rip=rip, core=core, flags=int(RecordFlag.CALLER_GUESSED) if guessed else 0)
+    made["caller"] = number
+    return made
+
+
+def test_the_caller_is_named_where_the_record_tells_it(booted: Typist) -> None:
+    told = joined([called(number, core=core) for core in (0, 3) for number in (1, 2)])
+    told["value"] = [linux_guest().address(0x3005), 0xFFFF_FFFF_A123_4567, linux_guest().address(0x2002), 0]
+    booted.debugger.callers.learn(told)
+    columns = Columns(0, names=booted.debugger.names)
+    here, far = "native_write_msr+0x2 [kernel]", booted.debugger.names.of(linux_guest().address(0x3005))
+    assert far.endswith(" [kernel]")
+    records = [
+        *(called(1), called(1, guessed=True), called(2), called(1, core=3), called(2, core=3), called(3), called(1, core=9)),
+        *(called(0), called(1, rip=0x1000), called(65535, core=0xFFFF)),
+    ]
+    ends = [
+        *(f"{here} <- {far}", f"{here} <- ? {far}", f"{here} <- ffffffffa1234567", f"{here} <- {here}", here, here, here),
+        *(here, f"LSTAR  <- {far}", here),
+    ]
+    for count in (1, 20):
+        lines = columns.lines(joined(records * count)).splitlines()
+        assert [line.endswith(f"  {end}") for line, end in zip(lines, ends * count, strict=True)] == [True] * len(lines)
+    columns.width = 90
+    assert columns.lines(joined(records * 20)) == "".join(f"{columns.line(one)}\n" for one in traps_of(joined(records * 20)))
+
+
 def test_many_places_at_once(booted: Typist) -> None:
     columns = Columns(0, colour=True, names=booted.debugger.names)
     columns.width = 100

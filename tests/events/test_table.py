@@ -6,7 +6,7 @@ import pytest
 
 from vmexit.errors import VmexitError
 from vmexit.events import Event, EventTable, MsrSet
-from vmexit.link.wire import MAX_EVENTS, Access
+from vmexit.link.wire import MAX_EVENT_ID, MAX_EVENTS, Access
 
 
 def event() -> Event:
@@ -33,6 +33,15 @@ def test_a_full_table_says_so() -> None:
     with pytest.raises(VmexitError, match=f"{MAX_EVENTS} events"):
         table.add(event())
     assert len(table) == MAX_EVENTS
+
+
+def test_numbers_come_to_an_end() -> None:
+    """On the wire they have 16 bits, and 0 is the debugger's own."""
+    table = EventTable()
+    for _ in range(MAX_EVENT_ID):
+        table.remove(table.add(event()))
+    with pytest.raises(VmexitError, match="65,535 events, and no number is left"):
+        table.add(event())
 
 
 def test_events_may_be_removed_while_looking_at_them() -> None:

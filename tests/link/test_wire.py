@@ -47,7 +47,22 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
 
 def test_everything_is_read() -> None:
     assert set(STRUCTS) == {
-        *("range", "event", "record", "text", "question", "ring", "shared", "message", "script_file", "step", "recipe", "hello")
+        *(
+            "range",
+            "event",
+            "record",
+            "text",
+            "question",
+            "ring",
+            "shared",
+            "message",
+            "script_file",
+            "step",
+            "recipe",
+            "code",
+            "frames",
+            "hello",
+        )
     }
     assert {"WIRE_MAGIC", "MAX_EVENTS", "CAN_MEMORY_WRITE", "WRONG_VERSION", "READ_PHYSICAL"} <= set(CONSTANTS)
 

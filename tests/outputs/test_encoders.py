@@ -9,6 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 
 from tests.commands.fakes import record
@@ -16,11 +18,13 @@ from tests.guests.build import symbols
 from tests.machines import guest
 from tests.outputs.peers import STAR, finish, wait_until
 from vmexit import Stage, Trap
-from vmexit.link.rings import joined
-from vmexit.link.wire import Access, Action
+from vmexit.link.rings import Records, joined
+from vmexit.link.wire import Access, Action, RecordFlag
+from vmexit.names import TrapNames
 from vmexit.outputs import rows
 from vmexit.outputs.encoders import JsonEncoder
 from vmexit.outputs.rows import Gatherer, Item
+from vmexit.trap import traps_of
 
 EVERY_MSR = range(1 << 32)
 
@@ -89,10 +93,37 @@ class TestJson:
 
     def test_every_field_of_a_trap_is_there(self) -> None:
         (found,) = self.objects(item(record(7, value=0xFFFF_FFFF_8000_1234, core=3, event=2, length=2, flags=1)))
-        assert set(Trap._fields) <= set(found)
+        assert set(Trap._fields) - {"caller_number"} <= set(found)
         assert found["value"] == "0xffffffff80001234" and found["msr"] == "0xc0000082" and found["name"] == "LSTAR"
         assert (found["sequence"], found["core"], found["event"], found["length"]) == (7, 3, 2, 2)
         assert (found["access"], found["stage"], found["action"], found["flags"]) == ("wrmsr", "pre", ["record"], ["skipped"])
+
+    def test_places_are_named(self) -> None:
+        class Named(TrapNames):
+            def of(self, address: int) -> str:
+                return 'odd "name"+0x4 [kernel]' if address == 0xFFFF_FFFF_8100_0004 else ""
+
+            def thread_name(self, pid: int, tid: int) -> str:
+                return ""
+
+            def callers(self, records: Records) -> npt.NDArray[np.uint64]:
+                return np.array([self.caller_of(trap) for trap in traps_of(records)], np.uint64)
+
+            def caller_of(self, trap: Trap) -> int:
+                return {1: 0xFFFF_FFFF_8100_0004, 2: 0xFFFF_FFFF_8200_0000}.get(trap.caller_number, 0)
+
+        several = joined([record(rip=0xFFFF_FFFF_8100_0004), record(), record()])
+        several["caller"] = [2, 1, 0]
+        several["flags"][1] = RecordFlag.CALLER_GUESSED
+        encoder = JsonEncoder(Named())
+        found = [json.loads(message) for message in [*encoder.encode([item(several)]), *encoder.rest(all_of_them=True)]]
+        assert [(one["symbol"], one["caller"], one["caller_symbol"], one["flags"]) for one in found] == [
+            ('odd "name"+0x4 [kernel]', "0xffffffff82000000", None, []),
+            (None, "0xffffffff81000004", 'odd "name"+0x4 [kernel]', ["caller_guessed"]),
+            (None, None, None, []),
+        ]
+        (unnamed,) = self.objects(item(record()))
+        assert unnamed["symbol"] is unnamed["caller"] is unnamed["caller_symbol"] is None
 
     def test_what_is_not_known_is_null(self) -> None:
         (read, looked) = self.objects(

@@ -7,16 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.report.traps import boot, of_process, record, records_of, trap
+from vmexit.console.report import show_traps
+from vmexit.link.rings import Records
 from vmexit.link.wire import Access, RecordFlag, Stage
 from vmexit.report import changes, digest
 from vmexit.report.counting import Codes, Tally
 from vmexit.report.digest import OTHERS, Digest
 from vmexit.report.facts import Facts
+from vmexit.report.fileformat import CALLER_GUESSED
 from vmexit.report.reader import RecordingFile
 from vmexit.report.table import table
 
@@ -241,6 +245,52 @@ def test_places_are_named_once_they_are_known(tmp_path: Path, digest_of: Digests
     facts = Facts(digest_of(record(tmp_path / "r", first, later, place_of=place_of)))
     assert (facts.place(0x1000), facts.place(0x2000)) == ("function+0x1000 [kernel]", "")
     assert asked[0] == 0x1000 and len(asked) <= 4  # once a block at most, not once a trap
+
+
+def test_callers_are_recorded_as_addresses_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Numbers mean something in the session alone. What a file says may be anything, but only printable text is shown."""
+    here, near, far = 0xFFFF_FFFF_8100_0000, 0xFFFF_FFFF_8100_1000, 0xFFFF_FFFF_8200_0000
+    names = {here: "wr\u00efte+0x4 [kernel]", near: "near\x1b[31m+0x1 [kernel]"}
+    addresses = {1: near, 2: far}
+    traps = records_of(
+        [
+            trap(0x10, 1, caller=1),
+            trap(0x10, 2, caller=2, flags=CALLER_GUESSED),
+            trap(0x10, 3),
+            trap(0x10, 4, caller=2, rip=5),
+            trap(0x10, 5, caller=1, **of_process(1, 1)),
+        ]
+    )
+
+    def callers_of(records: Records) -> npt.NDArray[np.uint64]:
+        return np.array([addresses.get(number, 0) for number in records["caller"].tolist()], np.uint64)
+
+    known = record(
+        tmp_path / "known",
+        traps,
+        traps[2:3],
+        callers_of=callers_of,
+        place_of=lambda rip: names.get(rip, ""),
+        name_of=lambda pid, tid: "in\nit",
+    )
+    with RecordingFile(known) as file:
+        (chunk,) = file.chunks()
+        assert chunk["called_from"].tolist() == [near, far, 0, far, near, 0] and "caller" not in chunk.columns
+        assert chunk.records()["caller"].tolist() == [0] * 6
+    show_traps(known)
+    lines = capsys.readouterr().out.splitlines()[1:]
+    place = "wr?te+0x4 [kernel]"
+    ends = [
+        *(f"{place} <- near?[31m+0x1 [kernel]", f"{place} <- ? ffffffff82000000", place, "  TSC  <- ffffffff82000000"),
+        *(f"{place} <- near?[31m+0x1 [kernel]  pid 1 in?it", place),
+    ]
+    assert [line.endswith(end) for line, end in zip(lines, ends, strict=True)] == [True] * 6, lines
+    # As recordings of before were, and those of machines that tell no callers.
+    older = record(tmp_path / "older", traps)
+    with RecordingFile(older) as file:
+        assert "called_from" not in next(file.chunks()).columns
+    show_traps(older)
+    assert all("<-" not in line for line in capsys.readouterr().out.splitlines())
 
 
 def test_long_tables_are_cut(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from tests.report.traps import boot, of_process, record, records_of, trap
 from vmexit.link.rings import Records
 from vmexit.report import page as pages
 from vmexit.report.digest import Digest
+from vmexit.report.fileformat import CALLER_GUESSED
 
 MSRS = (0x6E0, 0xC000_0100, 0xC000_0080, 0x48, 0x12345)
 SIZES = ((1360, 900), (700, 900), (360, 780))
@@ -149,6 +150,22 @@ _FAINT = """(() => {
     }
     return found;
 })()"""
+
+
+def test_a_caller_stands_beside_the_place(show: Open, tmp_path: Path) -> None:
+    here, from_there = 0xFFFF_FFFF_8100_0000, 0xFFFF_FFFF_8200_0000
+    several = records_of([trap(0x10, 1, caller=1), trap(0x10, 2, caller=1, flags=CALLER_GUESSED, rip=5), trap(0x10, 3)])
+    path = record(
+        tmp_path / "r",
+        several,
+        callers_of=lambda records: np.where(records["caller"] == 1, np.uint64(from_there), np.uint64(0)),
+        place_of=lambda rip: {here: "<b>write</b>+0x4 [kernel]", from_there: "caller+0x1 [kernel]"}.get(rip, ""),
+    )
+    assert [row[5] for row in cells(show(path), "traps")] == [
+        "<b>write</b>+0x4 [kernel] <- caller+0x1 [kernel]",
+        "0000000000000005 <- ? caller+0x1 [kernel]",
+        "<b>write</b>+0x4 [kernel]",
+    ]
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])

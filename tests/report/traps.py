@@ -51,11 +51,12 @@ def of_process(pid: int, tid: int | None = None) -> dict[str, int]:
 def record(path: Path, *parts: Records, info: Mapping[str, Any] | None = None, lost: int = 0, **how: Any) -> Path:
     """A recording of these, in blocks of at most 65,536.
 
-    ``how``: ``name_of`` and ``place_of`` as Recorder has them; ``end=None``: it has no end.
+    ``how``: ``name_of``, ``place_of`` and ``callers_of`` as Recorder has them; ``end=None``: it has no end.
     """
     recorder = Recorder(path)
     recorder.name_of = how.get("name_of")
     recorder.place_of = how.get("place_of", recorder.place_of)
+    recorder.callers_of = how.get("callers_of")
     recorder.lost = lambda: lost
     recorder.begin(
         {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.bare_task import NAME, PID, TID, lay_out
+from tests.bare_task import CALLER, KERNEL, NAME, PID, TID, lay_out, lay_out_caller
 from tests.guests.build import OK_STATUS, build
 from tests.machines import Output, need_kvm
 from tests.vmm import build_vmm, vmm_arguments
@@ -41,6 +41,38 @@ def test_who_writes(stage: Stage) -> None:
         assert debugger.thread_names.get(PID, TID) == NAME
         assert (debugger.hits(mine), debugger.hits(other)) == (COUNT - before, 0)
         assert int(debugger.evaluate("print(.n);"), 16) == len(NAME) * (COUNT - before)
+
+
+@pytest.mark.parametrize("stage", [Stage.PRE, Stage.POST])
+def test_what_called_it(stage: Stage) -> None:
+    need_kvm()
+    with Debugger(Vmm(str(build_vmm()), vmm_arguments(build("loop", COUNT=COUNT), 1), output=Output())) as debugger:
+        event = debugger.on_msr_write(STAR, with_process=True, stage=stage)
+        silent = debugger.on_msr_write(STAR, stage=stage)
+        halting = debugger.on_msr_write(STAR, lambda trap: trap.halt())
+        assert debugger.run(timeout=60).reason == StopReason.BREAK
+        assert event.recording is not None and silent.recording is not None
+
+        def callers() -> list[int]:
+            """Of the traps of one round, as it is halted again: in stage post the one before's."""
+            before = len(event.recording or ())
+            assert debugger.run(timeout=60).reason == StopReason.BREAK
+            return [debugger.callers.of(trap) for trap in list(event.recording or ())[before:]]
+
+        debugger.set_recipe(lay_out(debugger))
+        code = lay_out_caller(debugger)
+        assert callers() == [0]
+        debugger.set_code(code)
+        assert [callers(), callers()] == [[CALLER], [CALLER]]
+        for rbp in (KERNEL + 0x1B00, 0, 1 << 63, (1 << 64) - 8, KERNEL + 0x1FF9):
+            debugger.registers(0)["rbp"] = rbp
+            assert callers() == [0]
+        debugger.registers(0)["rbp"] = KERNEL + 0x1A00
+        debugger.clear(halting)
+        stop = debugger.run(timeout=60)
+        assert (stop.reason, stop.exit_status) == (StopReason.ENDED, OK_STATUS)
+        assert [debugger.callers.of(trap) for trap in event.recording][-10:] == [CALLER] * 10
+        assert {trap.caller_number for trap in silent.recording} == {0}
 
 
 def test_a_guest_that_lies() -> None:

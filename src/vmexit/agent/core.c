@@ -229,7 +229,7 @@ static uint64_t publish(struct trap *trap, struct vcpu *vcpu, const struct vmexi
         .rsp = trap->rsp,
         .value = trap->value,
         .msr = trap->msr,
-        .event = event->id,
+        .event = (uint16_t)event->id,
         .vcpu = (uint16_t)trap->vcpu,
         .access = trap->access,
         .stage = trap->stage,
@@ -241,8 +241,12 @@ static uint64_t publish(struct trap *trap, struct vcpu *vcpu, const struct vmexi
     };
     if (action == VMEXIT_NAME)
         vcpu->records[head & core.ring_mask].value = task_number(trap->task);
+    else if (action == VMEXIT_CALLER)
+        vcpu->records[head & core.ring_mask].value = trap->caller.address;
     else if (text == NULL && event_asks_for_task(event))
         set_task(&vcpu->records[head & core.ring_mask], trap_task(trap));
+    if (trap->has_caller && text == NULL && event_asks_for_task(event))
+        set_caller(&vcpu->records[head & core.ring_mask], &trap->caller);
     if (action == VMEXIT_ASK)
         __atomic_store_n(&ring->question.asked, sequence + 1, __ATOMIC_RELEASE);
     __atomic_store_n(&ring->head, head + 1, __ATOMIC_RELEASE);
@@ -268,6 +272,32 @@ static void tell_name(struct trap *trap, struct vcpu *vcpu, const struct vmexit_
     memcpy(text.name, task->name, sizeof text.name);
     if (publish(trap, vcpu, event, VMEXIT_NAME, 0, &text.header) != UINT64_MAX)
         task_told(trap->vcpu);
+}
+
+static uint64_t rbp_of_trap(void *context)
+{
+    struct trap *trap = context;
+    uint64_t registers[16];
+    trap->door->get_general(trap, registers);
+    return registers[VMEXIT_RBP];
+}
+
+/* Before the first record with that caller. */
+static void tell_caller(struct trap *trap, struct vcpu *vcpu, const struct vmexit_event *event)
+{
+    /* Behind an interrupt RSP is that of its handler. */
+    if (!trap->has_caller && !(trap->flags & VMEXIT_INTERRUPTED))
+        trap->caller = caller_find(trap->vcpu, trap->rip, trap->rsp, rbp_of_trap, trap);
+    trap->has_caller = true;
+    if (trap->caller.address == 0 || trap->caller.number != 0)
+        return;
+    trap->caller.number = caller_next_number(trap->vcpu);
+    if (trap->caller.number == 0)
+        return;
+    if (publish(trap, vcpu, event, VMEXIT_CALLER, 0, NULL) != UINT64_MAX)
+        caller_told(trap->vcpu, trap->caller.address);
+    else
+        trap->caller.number = 0;
 }
 
 bool core_leave_text(struct trap *trap, const struct vmexit_event *event, unsigned action, const struct vmexit_text *text)
@@ -401,8 +431,10 @@ static bool act(struct trap *trap, struct vcpu *vcpu, const struct table *table,
     const struct script *script = table->scripts[index];
     const bool asks_first = flags_of(event) & VMEXIT_ASK_FIRST;
     const unsigned again = event->actions & VMEXIT_RECORD ? VMEXIT_AGAIN : 0;
-    if (event_asks_for_task(event) && event->actions != VMEXIT_SCRIPT)
+    if (event_asks_for_task(event) && event->actions != VMEXIT_SCRIPT) {
         tell_name(trap, vcpu, event);
+        tell_caller(trap, vcpu, event);
+    }
     if (event->actions & VMEXIT_RECORD)
         publish(trap, vcpu, event, VMEXIT_RECORD, progress->skip ? VMEXIT_SKIPPED : 0, NULL);
     bool halt = event->actions & VMEXIT_BREAK;
@@ -511,6 +543,7 @@ uint64_t core_attach(void)
     scripts_begin_session();
     filters_begin_session();
     tasks_begin_session();
+    callers_begin_session();
     clock_calibrate();
     __atomic_fetch_add(&core.session, 1, __ATOMIC_SEQ_CST);
     return __atomic_load_n(&core.sequence, __ATOMIC_SEQ_CST);

@@ -6,6 +6,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "caller.h"
 #include "task.h"
 #include "wire.h"
 
@@ -30,6 +31,8 @@ struct trap {
         uint64_t value;
     } before; /* what the MSR held before the instruction */
     const struct task *task; /* what runs, once somebody has asked */
+    struct caller caller; /* likewise */
+    bool has_caller; /* somebody has asked */
 };
 
 /* How far the events of the pre stage have come with one execution of one instruction; survives a break in between. */

@@ -249,6 +249,8 @@ static int change(const struct vmexit_message *message)
         return bare ? scripts_set_limits(message->address, message->argument) : VMEXIT_REFUSED;
     case VMEXIT_SET_RECIPE:
         return tasks_set_recipe(server.in.payload, message->length);
+    case VMEXIT_SET_CODE:
+        return callers_set_code(server.in.payload, message->length);
     case VMEXIT_WRITE_VIRTUAL:
     case VMEXIT_WRITE_PHYSICAL:
         return write_memory(message);

@@ -45,31 +45,47 @@ static inline void set_task(struct vmexit_record *record, const struct task *tas
     record->flags |= task->is_known ? VMEXIT_PROCESS_KNOWN : 0;
 }
 
+static inline void set_caller(struct vmexit_record *record, const struct caller *caller)
+{
+    record->caller = caller->number;
+    record->flags |= caller->number && caller->is_guess ? VMEXIT_CALLER_GUESSED : 0;
+}
+
+static inline uint64_t rbp_of_registers(void *registers) { return ((const uint64_t *)registers)[VMEXIT_RBP]; }
+
 static inline bool rule_applies(const struct rule *rule, unsigned index, unsigned access, uint32_t msr)
 {
     return msr - rule->first <= rule->span && (rule->access & access) && (rule->core == VMEXIT_ALL_CORES || rule->core == index);
 }
 
-/* What runs, where a rule that applies asks for it. False: the debugger has yet to be told its name. */
-static inline bool quick_task(const struct table *table, unsigned index, unsigned access, uint32_t msr, uint64_t rsp,
-                              const struct task **task)
+/* What runs and what called it, where a rule that applies asks for it. False: the debugger has yet to be told the one's name, or where the
+ * other is. */
+static inline bool quick_task(const struct table *table, unsigned index, unsigned access, uint64_t rip, const uint64_t *registers,
+                              const struct task **task, struct caller *caller)
 {
+    const uint32_t msr = (uint32_t)registers[VMEXIT_RCX];
+    const uint64_t rsp = registers[VMEXIT_RSP];
+    bool asks = false;
     for (const struct rule *rule = table->rules; rule != table->rules_end; rule++) {
         if (!rule->asks_for_task || !rule_applies(rule, index, access, msr))
             continue;
         if (!(*task)->is_known)
             *task = task_now(index, rsp);
-        if ((*task)->is_known && !(*task)->is_told && (rule->process == VMEXIT_ALL_PROCESSES || task_is_of(*task, rule->process)))
+        const bool is_its = rule->process == VMEXIT_ALL_PROCESSES || task_is_of(*task, rule->process);
+        if ((*task)->is_known && !(*task)->is_told && is_its)
             return false;
+        asks |= is_its;
     }
-    return true;
+    if (asks)
+        *caller = caller_find(index, rip, rsp, rbp_of_registers, (void *)registers);
+    return caller->address == 0 || caller->number != 0;
 }
 
 /* Whether it is worth a try: a trap that is not quick should not pay for it. */
 static inline bool quick_is_possible(void) { return __atomic_load_n(&core.may_be_quick, __ATOMIC_RELAXED); }
 
 /* Does all that there is to do in stage pre, unless it returns false: then it has done nothing. `registers` begins with RAX, RCX, RDX,
- * RBX, RSP. */
+ * RBX, RSP, RBP. */
 static inline bool quick_pre(unsigned index, unsigned access, unsigned length, uint64_t rip, const uint64_t *registers)
 {
     struct vcpu *vcpu = &core.vcpus[index];
@@ -85,8 +101,9 @@ static inline bool quick_pre(unsigned index, unsigned access, unsigned length, u
                     (int64_t)(vcpu->head & core.half_mask) <= table->quick_half &&
                     vcpu->head - __atomic_load_n(&ring->tail, __ATOMIC_ACQUIRE) <= table->quick_used;
     const struct task *task = &task_nobody;
+    struct caller caller = {0};
     if (__builtin_expect(is_quick && table->asks_for_task, 0))
-        is_quick = quick_task(table, index, access, msr, registers[VMEXIT_RSP], &task);
+        is_quick = quick_task(table, index, access, rip, registers, &task, &caller);
     if (__builtin_expect(is_quick, 1)) {
         const uint64_t now = clock_now_by_tsc();
         for (const struct rule *rule = table->rules; rule != table->rules_end; rule++) {
@@ -105,15 +122,17 @@ static inline bool quick_pre(unsigned index, unsigned access, unsigned length, u
                 .rsp = registers[VMEXIT_RSP],
                 .value = registers[VMEXIT_RDX] << 32 | (uint32_t)registers[VMEXIT_RAX],
                 .msr = msr,
-                .event = rule->event,
+                .event = (uint16_t)rule->event,
                 .vcpu = (uint16_t)index,
                 .access = (uint8_t)access,
                 .stage = VMEXIT_PRE,
                 .action = VMEXIT_RECORD,
                 .length = (uint8_t)length,
             };
-            if (rule->asks_for_task)
+            if (rule->asks_for_task) {
                 set_task(&vcpu->records[vcpu->head & core.ring_mask], task);
+                set_caller(&vcpu->records[vcpu->head & core.ring_mask], &caller);
+            }
             __atomic_store_n(&ring->head, ++vcpu->head, __ATOMIC_RELEASE);
             rule += rule->others;
         }

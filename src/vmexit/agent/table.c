@@ -131,7 +131,7 @@ static struct table *make_table(const struct vmexit_event *events, size_t count)
 /* `previous`: the event before it, or null. */
 static bool event_is_sound(const struct vmexit_event *event, const struct vmexit_event *previous)
 {
-    if ((previous && event->id <= previous->id) || event->slot >= VMEXIT_MAX_EVENTS)
+    if ((previous && event->id <= previous->id) || event->id > VMEXIT_MAX_EVENT_ID || event->slot >= VMEXIT_MAX_EVENTS)
         return false;
     if (event->actions & VMEXIT_SCRIPT ? scripts_find(event->script) == NULL : event->script != 0)
         return false;

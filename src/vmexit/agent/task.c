@@ -30,6 +30,8 @@
 enum { CR0_PAGING = 1u << 31, CR4_PAE = 1 << 5, CR4_LA57 = 1 << 12, EFER_LMA = 1 << 10 };
 /* Pages of physical memory whose place is remembered (sets of two), pages that one way can lead through, names that were told. */
 enum { PAGE_SETS = 128, MOST_PAGES = 2 * VMEXIT_MAX_STEPS, MOST_LEVELS = 5, TOLD = 256 };
+/* Pages off the way that are remembered. */
+enum { OTHER_PAGES = 64 };
 
 struct recipe {
     struct vmexit_recipe head;
@@ -75,6 +77,7 @@ struct place {
     unsigned page_count;
     struct mapped pages[MOST_PAGES];
     const uint8_t *at[VMEXIT_MAX_STEPS]; /* where each step reads */
+    struct mapped others[OTHER_PAGES];
     struct known_page known[PAGE_SETS][2];
     struct told told[TOLD];
 };
@@ -303,14 +306,8 @@ static bool is_still_mapped(const struct mapped *page)
     return true;
 }
 
-static const struct mapped *map_page(struct place *place, const struct recipe *recipe, uint64_t address)
+static bool map(struct place *place, const struct recipe *recipe, uint64_t address, struct mapped *found)
 {
-    for (unsigned i = 0; i < place->page_count; i++)
-        if (place->pages[i].address == address)
-            return &place->pages[i];
-    if (place->page_count == MOST_PAGES)
-        return NULL;
-    struct mapped *found = &place->pages[place->page_count];
     struct walk walk = {.place = place, .page = found};
     *found = (struct mapped){.address = address};
     const struct paging paging = {
@@ -322,8 +319,21 @@ static const struct mapped *map_page(struct place *place, const struct recipe *r
         .context = &walk,
     };
     if (!paging_translate(&paging, address, &found->physical, NULL))
-        return NULL;
+        return false;
     found->bytes = page_at(place, found->physical);
+    return true;
+}
+
+static const struct mapped *map_page(struct place *place, const struct recipe *recipe, uint64_t address)
+{
+    for (unsigned i = 0; i < place->page_count; i++)
+        if (place->pages[i].address == address)
+            return &place->pages[i];
+    if (place->page_count == MOST_PAGES)
+        return NULL;
+    struct mapped *found = &place->pages[place->page_count];
+    if (!map(place, recipe, address, found))
+        return NULL;
     if (place->page_count++ > 0)
         while (found->shared < found->levels && found->entries[found->shared].at == place->pages[0].entries[found->shared].at)
             found->shared++;
@@ -521,9 +531,12 @@ static void refresh(struct place *place, const struct recipe *recipe)
 {
     const uint64_t generation = __atomic_load_n(&tasks.generation, __ATOMIC_ACQUIRE);
     const uint64_t session = __atomic_load_n(&tasks.session, __ATOMIC_ACQUIRE);
+    if (generation == place->generation && session == place->session && recipe->serial == place->serial)
+        return;
     if (generation != place->generation || recipe->serial != place->serial) {
         place->base = place->way_from = 0;
         memset(place->known, 0, sizeof place->known);
+        memset(place->others, 0, sizeof place->others);
     }
     if (session != place->session) {
         memset(place->told, 0, sizeof place->told);
@@ -568,4 +581,65 @@ const struct task *task_now(unsigned vcpu, uint64_t rsp)
     }
     end(place);
     return task;
+}
+
+/* ---- other memory ---- */
+
+bool task_begin_reading(unsigned vcpu, uint64_t *serial)
+{
+    if (__atomic_load_n(&tasks.recipe, __ATOMIC_ACQUIRE) == NULL)
+        return false;
+    struct place *place = &__atomic_load_n(&tasks.places, __ATOMIC_ACQUIRE)[vcpu];
+    begin(place);
+    const struct recipe *recipe = __atomic_load_n(&tasks.recipe, __ATOMIC_ACQUIRE);
+    if (recipe == NULL) {
+        end(place);
+        return false;
+    }
+    refresh(place, recipe);
+    *serial = place->serial + place->generation;
+    return true;
+}
+
+void task_end_reading(unsigned vcpu) { end(&tasks.places[vcpu]); }
+
+/* Where a page is in this process; null: nowhere. */
+static const uint8_t *other_page(struct place *place, const struct recipe *recipe, uint64_t address)
+{
+    struct mapped *page = &place->others[address / PAGE_BYTES * UINT64_C(0x9e3779b97f4a7c15) >> 58];
+    if (page->bytes != NULL && page->address == address && is_still_mapped(page))
+        return page->bytes;
+    /* One that is found through tables which cannot be looked at again is not there. */
+    if (map(place, recipe, address, page) && is_direct(page))
+        return page->bytes;
+    page->bytes = NULL;
+    return NULL;
+}
+
+bool task_read(unsigned vcpu, uint64_t address, void *bytes, uint32_t length)
+{
+    struct place *place = &tasks.places[vcpu];
+    const struct recipe *recipe = __atomic_load_n(&tasks.recipe, __ATOMIC_ACQUIRE);
+    for (uint32_t done = 0, now; done < length; done += now) {
+        const uint64_t from = address + done, within = from % PAGE_BYTES;
+        const uint8_t *page = recipe ? other_page(place, recipe, PAGE_START(from)) : NULL;
+        if (page == NULL)
+            return false;
+        now = length - done < PAGE_BYTES - within ? length - done : (uint32_t)(PAGE_BYTES - within);
+        memcpy((uint8_t *)bytes + done, page + within, now);
+    }
+    return true;
+}
+
+bool task_read_word(unsigned vcpu, uint64_t address, uint64_t *value, uint64_t *serial)
+{
+    const uint64_t within = address % PAGE_BYTES;
+    if (within > PAGE_BYTES - sizeof *value || !task_begin_reading(vcpu, serial))
+        return false;
+    const struct recipe *recipe = __atomic_load_n(&tasks.recipe, __ATOMIC_ACQUIRE);
+    const uint8_t *page = recipe ? other_page(&tasks.places[vcpu], recipe, address - within) : NULL;
+    if (page)
+        *value = load(page + within);
+    task_end_reading(vcpu);
+    return page != NULL;
 }

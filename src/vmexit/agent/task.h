@@ -42,6 +42,16 @@ const struct task *task_now(unsigned vcpu, uint64_t rsp);
 /* The debugger has been told the thread's name. */
 void task_told(unsigned vcpu);
 
+/* Reading any of the guest's memory by the recipe's page tables, on the vCPU's own thread at a trap. False: there is no recipe. What
+ * `serial` gives changes whenever what was read may no longer be there. What lies between the two calls must be short. */
+bool task_begin_reading(unsigned vcpu, uint64_t *serial);
+void task_end_reading(unsigned vcpu);
+/* False where any of it is not mapped, or is not memory that lies in this process. */
+bool task_read(unsigned vcpu, uint64_t address, void *bytes, uint32_t length);
+
+/* All three at once, for 8 bytes within a page; false for others, too. */
+bool task_read_word(unsigned vcpu, uint64_t address, uint64_t *value, uint64_t *serial);
+
 static inline bool task_is_of(const struct task *task, uint32_t process)
 {
     return task->is_known && task->found[VMEXIT_FOUND_PID] == process;

@@ -13,12 +13,13 @@
 #include <stdint.h>
 
 #define VMEXIT_WIRE_MAGIC 0x74697865
-#define VMEXIT_WIRE_VERSION 4
+#define VMEXIT_WIRE_VERSION 5
 
 #define VMEXIT_MAX_EVENTS 256
 #define VMEXIT_MAX_RANGES 16
 #define VMEXIT_MAX_TRANSFER 4096
 #define VMEXIT_MAX_BUFFER 0x1000000 /* bytes of an event's buffer */
+#define VMEXIT_MAX_EVENT_ID 0xffff
 #define VMEXIT_ALL_CORES 0xffffffff
 #define VMEXIT_ALL_PROCESSES 0xffffffff
 
@@ -39,12 +40,13 @@
 #define VMEXIT_PRINT 16
 #define VMEXIT_FAULT 32
 #define VMEXIT_NAME 64 /* the name of a thread whose number later records of this vCPU carry */
+#define VMEXIT_CALLER 128 /* its value is the address that its `caller` stands for, also in later records of this vCPU */
 
 /* vmexit_event.flags */
 #define VMEXIT_ENABLED 1
 #define VMEXIT_SHORT_CIRCUIT 2
 #define VMEXIT_IMMEDIATE 4
-#define VMEXIT_WITH_PROCESS 8 /* its records and its script are to tell the guest's process and thread, where they are known */
+#define VMEXIT_WITH_PROCESS 8 /* its records and its script are to tell the guest's process and thread, and its records the caller, where they are known */
 #define VMEXIT_ASK_FIRST 16 /* with VMEXIT_ASK: before the script, which runs if the answer says so; it decides on short-circuiting, too */
 
 /* vmexit_record.flags */
@@ -52,6 +54,7 @@
 #define VMEXIT_INTERRUPTED 2
 #define VMEXIT_FAULTED 4 /* the processor or KVM refused the access (#GP); only tracepoints tell of such, an agent has no post stage then */
 #define VMEXIT_PROCESS_KNOWN 8 /* vmexit_record.process and .thread are those of the guest */
+#define VMEXIT_CALLER_GUESSED 32 /* vmexit_record.caller only looks as if it were that */
 #define VMEXIT_AGAIN 16 /* of a question: the event has left a record of this trap before, or has asked already */
 
 /* vmexit_ring.waiting */
@@ -104,7 +107,8 @@ struct vmexit_range {
 };
 
 struct vmexit_event {
-    uint32_t id; /* rises in the order in which events were made; never given twice, but for 0: the debugger's own, before all others */
+    uint32_t id; /* rises in the order in which events were made, up to VMEXIT_MAX_EVENT_ID; never given twice, but for 0: the debugger's
+                  * own, before all others */
     uint32_t slot; /* where its hits are counted, below VMEXIT_MAX_EVENTS */
     uint8_t access;
     uint8_t stages;
@@ -131,7 +135,7 @@ struct vmexit_record {
     uint64_t rsp;
     uint64_t value; /* EDX:EAX */
     uint32_t msr; /* ECX */
-    uint32_t event; /* vmexit_event.id */
+    uint16_t event; /* vmexit_event.id */
     uint16_t vcpu;
     uint8_t access;
     uint8_t stage;
@@ -139,6 +143,7 @@ struct vmexit_record {
     uint8_t flags;
     uint8_t length; /* of the instruction, in bytes; 0: not known yet (KVM, stage pre) */
     uint8_t reserved;
+    uint16_t caller; /* where the function that the instruction is in returns to: the number of an address (VMEXIT_CALLER); 0: not known */
     union {
         uint32_t process; /* the guest's number of it, with VMEXIT_PROCESS_KNOWN; else 0 */
         uint32_t script; /* with VMEXIT_PRINT and VMEXIT_FAULT: whose */
@@ -228,6 +233,7 @@ struct vmexit_shared {
 #define VMEXIT_GET_REGISTER 16 /* vcpu, argument = register (these, or one of script.h) -> uint64_t */
 #define VMEXIT_TRANSLATE 17 /* vcpu, argument 0: virtual address -> physical, 1: the other way -> uint64_t */
 #define VMEXIT_SET_RECIPE 18 /* struct vmexit_recipe and its bases: how to find the current thread; nothing at all: not known any more */
+#define VMEXIT_SET_CODE 19 /* struct vmexit_frames and struct vmexit_code[count]: how to find callers; nothing at all: not known any more */
 #define VMEXIT_HALT 32 /* argument 1: halt the machine; 0: let it run. VMEXIT_MACHINE follows when it does */
 /* Notices of the agent, with serial 0. */
 #define VMEXIT_VCPU 64 /* vcpu has come up; its eventfd is attached */
@@ -313,6 +319,30 @@ struct vmexit_recipe {
     uint32_t step_count;
     uint32_t base_count; /* uint64_t each behind this struct, none 0, rising; 0: any address in the upper half counts */
     struct vmexit_step steps[VMEXIT_MAX_STEPS];
+};
+
+/* How to find where a function of the guest's kernel returns to. Each piece of its code has, or has not, a table in the guest's memory that
+ * says where the return address lies at each instruction, as Linux keeps them for itself (ORC): `count` times 4 bytes, rising, each the
+ * place of an instruction relative to its own; and as many entries of 6 bytes, each for the instructions from there on. An entry begins
+ * with a signed offset of 2 bytes, from the register that the lowest 4 bits of its last 2 bytes tell; their bits 8 to 10 are its kind.
+ * The return address lies 8 bytes below. All of it is read by the page tables of the recipe (VMEXIT_SET_RECIPE). */
+#define VMEXIT_MAX_CODES 1024
+
+struct vmexit_code {
+    uint64_t first;
+    uint64_t last; /* inclusive, and before the next one's first */
+    uint64_t places; /* the address of the places of instructions */
+    uint64_t entries;
+    uint32_t count; /* 0: there is no table, and all that can be told of a caller is a guess */
+    uint32_t reserved;
+};
+
+struct vmexit_frames {
+    uint8_t rsp; /* in an entry: this is the register */
+    uint8_t rbp;
+    uint8_t call; /* the kind of a frame that a call has made */
+    uint8_t reserved;
+    uint32_t count; /* of the pieces of code that follow, at most VMEXIT_MAX_CODES */
 };
 
 struct vmexit_hello {

@@ -56,6 +56,7 @@ class Tape:
         self._recorder.name_of = lambda pid, tid: names.get(pid, pid) or names.get(pid, tid)
         if looks is None:
             self._recorder.place_of = debugger.names.of
+            self._recorder.callers_of = debugger.callers.of_all
         self._info = {
             "vmexit": vmexit.__version__,
             "machine": {**machine, "arguments": list(arguments)},

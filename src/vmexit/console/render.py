@@ -16,7 +16,7 @@ from vmexit.errors import VmexitError
 from vmexit.guest.disassembly import Syntax
 from vmexit.link.rings import Records
 from vmexit.link.wire import Access, RecordFlag, Stage
-from vmexit.names import Names
+from vmexit.names import TrapNames
 from vmexit.recording import MsrSummary
 from vmexit.targets.base import Notice, NoticeKind
 from vmexit.trap import Trap, traps_of
@@ -61,12 +61,12 @@ def _hex(values: npt.NDArray[np.unsignedinteger], size: int) -> _Bytes:
 
 class Columns:
     """Traps as lines: in fixed columns time in seconds, core, stage, instruction, MSR, value and RIP; then whether it was
-    skipped, what MSR and value mean, the name of the place that RIP is, and the thread, as far as these are known.
+    skipped, what MSR and value mean, the name of the place that RIP is, what called it and the thread, as far as these are known.
 
     What does not fit into the ``width`` of a terminal goes into a second line, which is indented.
     """
 
-    def __init__(self, started_ns: int | None = None, *, colour: bool = False, names: Names | None = None) -> None:
+    def __init__(self, started_ns: int | None = None, *, colour: bool = False, names: TrapNames | None = None) -> None:
         """``started_ns``: what time is counted from (Trap.time_ns); None: from the first trap. ``names``: None: no names."""
         self.width: int | None = None
         """Columns that there are; None: any number."""
@@ -94,9 +94,9 @@ class Columns:
         if self._names is None:
             return ()
         thread = self._names.thread(trap.pid, trap.tid) if trap.flags & RecordFlag.PROCESS_KNOWN else ""
-        return self._names.of(trap.rip), thread
+        return self._names.origin(trap), thread
 
-    def _threads(self, names: Names, records: Records) -> _Texts:
+    def _threads(self, names: TrapNames, records: Records) -> _Texts:
         """The different threads of records, and which of them each has."""
         known = (records["flags"] & RecordFlag.PROCESS_KNOWN) != 0
         if not known.any():
@@ -171,7 +171,7 @@ class Columns:
             self._meanings.of_all(records),
         ]
         if self._names:
-            columns += [self._names.of_all(records["rip"]), self._threads(self._names, records)]
+            columns += [self._names.origins(records), self._threads(self._names, records)]
         if self.width is not None:
             return columns
         return [

@@ -6,6 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from vmexit.console.recorded import RecordedNames
 from vmexit.console.render import Columns
 from vmexit.report.digest import Digest
 from vmexit.report.facts import counted
@@ -27,10 +28,11 @@ def show_traps(path: Path) -> None:
     with RecordingFile(path) as file:
         clock = file.info.get("clock")
         started = clock.get("started_ns") if isinstance(clock, dict) else None
-        columns = Columns(started if isinstance(started, int) else None)
+        names = RecordedNames(file)
+        columns = Columns(started if isinstance(started, int) else None, names=names)
         print(columns.heading())
         for chunk in file.chunks():
-            print(columns.lines(chunk.records()), end="")
+            print(columns.lines(names.records(chunk)), end="")
         for note in file.notes():
             print(f"note: {note}")
 

@@ -40,7 +40,7 @@ class Event:
     process: int | None = None
     """The number of the only process that it looks at: one of the guest's, or of the host where that is looked at; None: all."""
     with_process: bool = False
-    """Its records tell which process and thread of the guest it was (Trap.pid, Trap.tid), where that is known."""
+    """Its records tell process and thread of the guest (Trap.pid, Trap.tid) and the caller, where these are known."""
     action: Action = Action.BREAK
     callback: Callback | None = None
     """What Action.ASK calls."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from vmexit.errors import VmexitError
 from vmexit.events.event import Event
-from vmexit.link.wire import MAX_EVENTS
+from vmexit.link.wire import MAX_EVENT_ID, MAX_EVENTS
 
 
 class EventTable:
@@ -35,6 +35,8 @@ class EventTable:
         slot = next((slot for slot in range(MAX_EVENTS) if slot not in taken), None)
         if slot is None:
             raise VmexitError(f"there are {MAX_EVENTS} events already; clear some first (events c)")
+        if self._next >= MAX_EVENT_ID:
+            raise VmexitError(f"this session has had {MAX_EVENT_ID:,} events, and no number is left for another")
         event.number, event.slot = self._next, slot
         self._next += 1
         self._events[event.number] = event

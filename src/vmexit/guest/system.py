@@ -219,8 +219,36 @@ class System(Protocol):
         """The thread that a vCPU executes; None: not known."""
 
 
+@dataclass(frozen=True, slots=True)
+class CodePiece:
+    """Code of the kernel's or of a module's: from ``first`` to ``last``.
+
+    ``count`` entries of a table in guest memory (``places``, ``entries``; struct vmexit_code) tell where return addresses lie;
+    0: there is none.
+    """
+
+    first: int
+    last: int
+    places: int = 0
+    entries: int = 0
+    count: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CodeMap:
+    """All the code that is known; and how entries of its tables call RSP, RBP and what a call leaves on the stack."""
+
+    pieces: tuple[CodePiece, ...]
+    rsp: int = 0
+    rbp: int = 1
+    call: int = 0
+
+
 class Stacks(Protocol):
     """The kernel stacks of a system."""
+
+    def code_map(self) -> CodeMap:
+        """How to find callers, for those who are at the trap itself: with the modules last seen."""
 
     def frames(self, registers: Mapping[str, int]) -> Iterator[Frame]:
         """The frames of what a vCPU executes, the innermost first."""

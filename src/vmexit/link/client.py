@@ -245,6 +245,10 @@ class Link:
         """How to find the guest's current thread (a packed ``vmexit_recipe`` and its bases); empty: it is not known any more."""
         self._exchange(MessageType.SET_RECIPE, payload=recipe)
 
+    def set_code(self, code: bytes) -> None:
+        """How to find callers in the guest's kernel (a packed ``vmexit_frames`` and its pieces); empty: not known any more."""
+        self._exchange(MessageType.SET_CODE, payload=code)
+
     def set_overflow(self, drop: bool) -> None:
         """A full ring drops and counts (True) or makes the vCPU wait (False)."""
         self._exchange(MessageType.OVERFLOW, argument=int(drop))

@@ -33,12 +33,12 @@ def joined(parts: Sequence[Records]) -> Records:
     return np.concatenate([part.view(opaque) for part in parts]).view(dtype)
 
 
-# Of a record: the MSR and the event in one number, and vCPU, access, stage, action, flags and length in another.
+# Of a record: MSR, event and vCPU in one number, and access, stage, action, flags, length and caller in another.
 _ALIKE = np.dtype(
     {
         "names": ["what", "how"],
         "formats": ["<u8", "<u8"],
-        "offsets": [wire.offset("record", "msr"), wire.offset("record", "vcpu")],
+        "offsets": [wire.offset("record", "msr"), wire.offset("record", "access")],
         "itemsize": wire.size("record"),
     }
 )

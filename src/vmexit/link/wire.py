@@ -43,6 +43,8 @@ class Action(enum.IntFlag):
     """Only of a record: a script's run was ended."""
     NAME = constant("NAME")
     """Only of a record: the name of a thread of the guest."""
+    CALLER = constant("CALLER")
+    """Only of a record: the address that a number in later records stands for."""
 
 
 class EventFlag(enum.IntFlag):
@@ -61,13 +63,15 @@ class RecordFlag(enum.IntFlag):
     ``SKIPPED``: the event that left the record short-circuits the instruction. ``INTERRUPTED``: the machine took an interrupt
     between the instruction and its post stage, so RIP, RSP and RFLAGS are those of the interrupt's handler. ``FAULTED``: the
     access was refused (#GP), which only a tracepoint tells of. ``PROCESS_KNOWN``: its process and thread are those that the guest
-    executed. ``AGAIN``, of a question: the event has left a record of this trap, or asked, before.
+    executed. ``CALLER_GUESSED``: what ``caller`` stands for only looks like where the function returns to. ``AGAIN``, of a
+    question: the event has left a record of this trap, or asked, before.
     """
 
     SKIPPED = constant("SKIPPED")
     INTERRUPTED = constant("INTERRUPTED")
     FAULTED = constant("FAULTED")
     PROCESS_KNOWN = constant("PROCESS_KNOWN")
+    CALLER_GUESSED = constant("CALLER_GUESSED")
     AGAIN = constant("AGAIN")
 
 
@@ -106,6 +110,7 @@ class MessageType(enum.IntEnum):
     READ_MSR = constant("READ_MSR")
     WRITE_MSR = constant("WRITE_MSR")
     SET_RECIPE = constant("SET_RECIPE")
+    SET_CODE = constant("SET_CODE")
     HALT = constant("HALT")
     VCPU = constant("VCPU")
     MACHINE = constant("MACHINE")
@@ -137,6 +142,7 @@ class EventState(enum.IntEnum):
 MAGIC = constant("WIRE_MAGIC")
 VERSION = constant("WIRE_VERSION")
 MAX_EVENTS = constant("MAX_EVENTS")
+MAX_EVENT_ID = constant("MAX_EVENT_ID")
 MAX_RANGES = constant("MAX_RANGES")
 MAX_TRANSFER = constant("MAX_TRANSFER")
 MAX_GLOBALS = constant("MAX_GLOBALS")

@@ -8,7 +8,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from vmexit.link.rings import Records
 from vmexit.link.wire import Access, Action, RecordFlag, Stage
 from vmexit.outputs.rows import Gatherer, Item, Row
 from vmexit.trap import Trap
+
+if TYPE_CHECKING:
+    from vmexit.names import TrapNames
 
 _ACCESSES = {Access.WRMSR: "wrmsr", Access.RDMSR: "rdmsr"}
 _STAGES = {Stage.PRE: "pre", Stage.POST: "post"}
@@ -127,9 +130,10 @@ def flag_names(flags: RecordFlag) -> list[str]:
 class JsonEncoder(RowEncoder):
     """A JSON object on a line. Numbers of 64 bits are texts in hexadecimal, as most readers of JSON keep only 53 bits."""
 
-    def __init__(self, **constant: object) -> None:
-        """``constant``: what stands in each object besides."""
+    def __init__(self, names: TrapNames | None = None, **constant: object) -> None:
+        """``names``: of places; None: there are none. ``constant``: what stands in each object besides."""
         super().__init__()
+        self._names = names
         self._json_names = Names(json.dumps)
         self._ahead_ns = time.time_ns() - time.monotonic_ns()
         self._second = (-1, "")
@@ -141,6 +145,15 @@ class JsonEncoder(RowEncoder):
         if seconds != self._second[0]:
             self._second = (seconds, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)))
         return f"{self._second[1]}.{fraction:09}Z"
+
+    def _origin(self, trap: Trap) -> str:
+        """What is known of the place, and where its function returns to."""
+        if self._names is None:
+            return '"symbol":null,"caller":null,"caller_symbol":null'
+        caller = self._names.caller_of(trap)
+        symbols = [_quoted(self._names.of(address) if address else "") for address in (trap.rip, caller)]
+        address = f'"{caller:#x}"' if caller else "null"
+        return f'"symbol":{symbols[0]},"caller":{address},"caller_symbol":{symbols[1]}'
 
     def message(self, row: Row) -> bytes:
         trap = row.trap
@@ -156,9 +169,14 @@ class JsonEncoder(RowEncoder):
         return (
             f'{{"event":{trap.event},"sequence":{trap.sequence},"time":"{self._time(trap.time_ns)}","time_ns":{trap.time_ns},'
             f'"core":{trap.core},"access":"{access}","stage":"{stage}","msr":"{trap.msr:#x}","name":{name},'
-            f'"value":{value},"rip":{rip},"rsp":"{trap.rsp:#x}","length":{trap.length},{process},"action":{_actions(row.actions)},'
+            f'"value":{value},"rip":{rip},{self._origin(trap)},"rsp":"{trap.rsp:#x}","length":{trap.length},{process},"action":{_actions(row.actions)},'
             f'"flags":{flags},"text":{text},"fault":{fault}{self._after}'
         ).encode()
+
+
+@functools.lru_cache(4096)
+def _quoted(text: str) -> str:
+    return json.dumps(text or None)
 
 
 @functools.cache

@@ -8,12 +8,16 @@ import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vmexit.link.rings import Records
 from vmexit.outputs.encoders import Encoder, JsonEncoder, TextEncoder, fleet_fields
 from vmexit.outputs.perfetto import PerfettoEncoder
 from vmexit.outputs.sink import OutputError, Sink
 from vmexit.outputs.streams import FifoSink, FileSink, SocketSink
+
+if TYPE_CHECKING:
+    from vmexit.names import TrapNames
 
 _LONGEST_UNIX = 107
 _MOST_PORT = 65535
@@ -27,6 +31,8 @@ class Machine:
     pid: int
     lines: Callable[[Records], str]
     """The lines that traps are shown as."""
+    names: TrapNames | None = None
+    """Of their places."""
 
 
 Maker = Callable[[Sequence[str], Machine], tuple[Sink, Encoder]]
@@ -79,7 +85,7 @@ def _file(address: Sequence[str], machine: Machine) -> tuple[Sink, Encoder]:
 
 def _jsonl(address: Sequence[str], machine: Machine) -> tuple[Sink, Encoder]:
     path = _file_path(address[0])
-    return FifoSink(path) if path.is_fifo() else FileSink(path), JsonEncoder()
+    return FifoSink(path) if path.is_fifo() else FileSink(path), JsonEncoder(machine.names)
 
 
 def _perfetto(address: Sequence[str], machine: Machine) -> tuple[Sink, Encoder]:
@@ -160,7 +166,7 @@ def _nats(address: Sequence[str], machine: Machine) -> tuple[Sink, Encoder]:
     from vmexit.outputs.jetstream import JetStreamSink, check_address
 
     url = check_address(address[0], address[1])
-    return JetStreamSink(url, address[1]), JsonEncoder(**fleet_fields(machine.name))
+    return JetStreamSink(url, address[1]), JsonEncoder(machine.names, **fleet_fields(machine.name))
 
 
 KINDS: Mapping[str, Kind] = {

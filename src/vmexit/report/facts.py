@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Mapping
 from typing import Any
 
 from vmexit import msr
@@ -80,12 +81,19 @@ class Facts:
             return "unknown"
         if pid == OTHERS:
             return "other processes"
-        name = _text(self._object("processes").get(str(pid)))
+        name = recorded_text(self._info, "processes", str(pid))
         return f"{pid} {name}" if name else f"{pid}"
 
     def place(self, rip: int) -> str:
         """The function at an address; "" where the recording does not tell."""
-        return _text(self._object("symbols").get(f"{rip:x}"))
+        return recorded_text(self._info, "symbols", f"{rip:x}")
+
+    def origin(self, rip: int, caller: int, *, is_guess: bool) -> str:
+        """The same with what has called it; ``caller`` is 0 where that is not known."""
+        place = self.place(rip)
+        if not caller:
+            return place
+        return f"{place or f'{rip:016x}'} <- {'? ' * is_guess}{self.place(caller) or f'{caller:016x}'}"
 
     def msr(self, address: int) -> Msr | None:
         """What is known of an MSR."""
@@ -119,6 +127,12 @@ class Facts:
         if (found := self.msr(address)) is not None:
             return found.change(old, new) if known else found.explain(new)
         return f"{address:x} {old:#x} -> {new:#x}" if known else f"{address:x} = {new:#x}"
+
+
+def recorded_text(info: Mapping[str, Any], kind: str, key: str) -> str:
+    """What a recording says of a thing ("symbols", "processes"); "" where it does not."""
+    said = info.get(kind)
+    return _text(said.get(key)) if isinstance(said, dict) else ""
 
 
 def seconds_text(nanoseconds: int) -> str:

@@ -11,7 +11,8 @@ INFO and END hold a JSON object: INFO adds to what is known (see ``merge``), END
 
 TRAPS holds traps by columns. Its payload: a CHUNK header, then for each column a COLUMN header and its name in ASCII, then the
 data of the columns in the same order. A column is an array of unsigned numbers of 1, 2, 4 or 8 bytes; ``Encoding`` tells how
-it is stored. The columns are the fields of struct vmexit_record (agent/wire.h), and whatever more a record has.
+it is stored. The columns are the fields of struct vmexit_record (agent/wire.h), and whatever more a
+trap has.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ CHUNK = struct.Struct("<IQQQI")
 COLUMN = struct.Struct("<BBBxI")
 """Length of its name, bytes of a number, Encoding, bytes of its data."""
 
+CALLER_GUESSED = 32
+"""A bit of the column "flags": "called_from", where the trap's function returns to (0: not known), only looks like it."""
 PROCESS_KNOWN = 8
 """A bit of the column "flags": the columns "process" and "thread" hold the numbers of what executed the instruction. Where there
 are no such columns, or not this bit, nobody knows."""

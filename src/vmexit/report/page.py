@@ -12,6 +12,7 @@ import numpy as np
 from vmexit.link.wire import Access, Stage
 from vmexit.report.digest import OTHERS, Cells, Digest
 from vmexit.report.facts import Facts, counted, seconds_text
+from vmexit.report.fileformat import CALLER_GUESSED
 from vmexit.report.reader import NOBODY
 
 _ROOM = Path(__file__).parent
@@ -109,7 +110,9 @@ class _Data:
             "events": [
                 [f"{event:x}" if event != OTHERS else "others", self._facts.event(event)] for event in self._events.values
             ],
-            "places": [[f"{rip:016x}", self._facts.place(rip)] for rip in self._places.values],
+            "places": [
+                [f"{rip:016x}", self._facts.origin(rip, caller, is_guess=guessed)] for rip, caller, guessed in self._places.values
+            ],
             "texts": self._texts.values,
         }
         return data
@@ -195,19 +198,19 @@ class _Data:
         return [series.tolist(), numbers.tolist(), np.diff(bins, prepend=0).tolist(), counts.tolist()]
 
     def _traps(self) -> list[list[Any]]:
-        """Time (by how much it is later than the one before), core, series, value, place."""
+        """Time (by how much it is later than the one before), core, series, value, place and caller."""
         columns: list[list[Any]] = [[], [], [], [], []]
         before = self._digest.start_ns
         for chunk in self._digest.sample(EXACT if self._exact else _SAMPLED):
             series = self._groups.places[self._digest.series_of(chunk)]
-            for time, core, number, value, rip in zip(
-                *(part.tolist() for part in (chunk["time_ns"], chunk["vcpu"], series, chunk["value"], chunk["rip"])), strict=True
-            ):
+            guessed = (chunk["flags"] & np.uint8(CALLER_GUESSED)) != 0
+            parts = (chunk["time_ns"], chunk["vcpu"], series, chunk["value"], chunk["rip"], chunk["called_from"], guessed)
+            for time, core, number, value, *place in zip(*(part.tolist() for part in parts), strict=True):
                 columns[0].append(time - before)
                 columns[1].append(self._cores.of(core))
                 columns[2].append(number)
                 columns[3].append(f"{value:x}")
-                columns[4].append(self._places.of(rip))
+                columns[4].append(self._places.of(tuple(place)))
                 before = time
         return columns
 

@@ -29,8 +29,8 @@ _MOST_WAITING = 1 << 19
 """Records that wait to be written; whoever brings more waits too, and the guest with it."""
 _MOST_PLACES = 1 << 14
 """So many places are named; a guest can execute WRMSR anywhere."""
-_LEFT_OUT = frozenset({"action", "script", "text"})
-"""Fields of a record that say nothing of a trap that was recorded."""
+_LEFT_OUT = frozenset({"action", "script", "text", "caller"})
+"""Fields of a record that say nothing of a trap that was recorded, or only to the session."""
 
 Namer = Callable[[int, int], str | None]
 
@@ -48,6 +48,8 @@ class Recorder:
         """Gives a process's name from its number and that of one of its threads; called by the thread that writes."""
         self.place_of: Callable[[int], str] = lambda rip: ""
         """Gives the name of an address, "" where it is not known; called by the same thread."""
+        self.callers_of: Callable[[Records], Numbers] | None = None
+        """Gives the address that each trap was called from, 0 where it is not known; called by the same thread."""
         self.lost: Callable[[], int] = lambda: 0
         """Gives how many records were lost so far; called by any thread."""
         self.traps = 0
@@ -176,6 +178,9 @@ class Recorder:
 
     def _put_traps(self, records: Records) -> None:
         columns: dict[str, Numbers] = {name: records[name] for name in records.dtype.names or () if name not in _LEFT_OUT}
+        if self.callers_of is not None and records["caller"].any():
+            columns["called_from"] = self.callers_of(records)
+            self._name_places(columns["called_from"])
         self._name_processes(columns)
         self._name_places(records["rip"])
         self._put(fileformat.traps_block(columns, self.lost()))
@@ -196,7 +201,7 @@ class Recorder:
             self._put(fileformat.text_block(fileformat.INFO, {"processes": names}))
 
     def _name_places(self, rips: Numbers) -> None:
-        """Traps come from few places; each is named once, as soon as its name is known."""
+        """Traps come from few places, and so do callers; each is named once, as soon as its name is known."""
         if len(self._placed) >= _MOST_PLACES:
             return
         different = rips[:1] if (rips == rips[0]).all() else np.unique(rips)

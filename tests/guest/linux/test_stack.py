@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from tests.guest.linux.fake_linux import FakeLinux
+from vmexit.guest.linux.modules import Module
 from vmexit.guest.linux.running import Linux
 from vmexit.guest.linux.stack import _KINDS, _NUMBERINGS, Stacks
 from vmexit.guest.scan import MOST_FRAMES
 from vmexit.guest.symbols import Symbols
-from vmexit.guest.system import Frame
+from vmexit.guest.system import CodeMap, CodePiece, Frame
 
 Attach = Callable[[FakeLinux], Linux]
 BP, SP, R10, BP_INDIRECT, SP_INDIRECT = 4, 5, 6, 8, 9
@@ -192,3 +193,23 @@ def test_a_stack_that_is_nowhere(attach: Attach, rsp: int) -> None:
     guest = FakeLinux()
     registers = {**guest.registers(0), "rsp": rsp}
     assert list(Stacks(attach(guest)).frames(registers)) == [Frame(registers["rip"], rsp)]
+
+
+@pytest.mark.parametrize(("is_wide", "numbers"), [(False, (5, 4, 0)), (True, (3, 4, 2))])
+def test_what_is_told_of_the_code(
+    attach: Attach, is_wide: bool, numbers: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    orc = Orc(attach, BASIC, is_wide=is_wide)
+    assert orc.stacks._table is not None
+    # The table of a module whose structure cannot be read is none.
+    module = Module("m", orc.code + 0x1000_0000, 0x1000, 0x10)
+    monkeypatch.setattr(orc.linux, "_read_modules", lambda: [module])
+    end = module.base + module.size - 1
+    assert orc.stacks.code_map() == CodeMap(
+        (CodePiece(orc.code, orc.code + 0xF_FFFF, *orc.stacks._table), CodePiece(module.base, end)), *numbers
+    )
+    # A table whose form is not known is none.
+    orc.stacks._kinds, orc.stacks._numbering = {}, {}
+    assert all(piece.count == 0 for piece in orc.stacks.code_map().pieces)
+    orc.stacks._table = None
+    assert orc.stacks.code_map().pieces == (CodePiece(orc.code, orc.code + 0xF_FFFF), CodePiece(module.base, end))

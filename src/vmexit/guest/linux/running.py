@@ -101,6 +101,11 @@ class Linux(Naming[Module]):
         in_kernel = any(start <= address < end for start, end in self._code)
         return in_kernel or self.module_at(address) is not None
 
+    @property
+    def code(self) -> list[tuple[int, int]]:
+        """Where the kernel's own instructions begin and end."""
+        return self._code
+
     # ---- processes ----
 
     @property

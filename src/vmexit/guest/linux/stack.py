@@ -7,6 +7,7 @@ comes to nothing, what is left is a guess: every word of the stack that points r
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from vmexit.guest.linux.recipe import THREAD_SIZE, is_kernel_pointer
 from vmexit.guest.linux.running import Linux
 from vmexit.guest.memory import UnreadableError
 from vmexit.guest.scan import MOST_FRAMES, guesses
-from vmexit.guest.system import Frame
+from vmexit.guest.system import CodeMap, CodePiece, Frame
 
 _MOST_ENTRIES = 1 << 24
 
@@ -95,6 +96,24 @@ class Stacks:
                 return
             state = following
             yield Frame(state.ip, state.sp)
+
+    def code_map(self) -> CodeMap:
+        """How to find callers at a trap: the same tables."""
+        numbers: dict[int, int] = {}
+        call = 0
+        with contextlib.suppress(UnreadableError, ProfileError):
+            if self._numbering or self._choose_layout():
+                numbers = {meaning: number for number, meaning in self._numbering.items()}
+                call = next(number for number, kind in self._kinds.items() if kind == "call")
+        pieces = [CodePiece(start, end - 1, *(self._table or ())) for start, end in self._linux.code if start < end]
+        for module in self._linux.modules:
+            table = None
+            with contextlib.suppress(UnreadableError, ProfileError):
+                table = self._module_table(module.address)
+            pieces.append(CodePiece(module.base, module.base + module.size - 1, *(table or ())))
+        if not numbers:
+            return CodeMap(tuple(CodePiece(piece.first, piece.last) for piece in pieces))
+        return CodeMap(tuple(pieces), numbers[_SP], numbers[_BP], call)
 
     # ---- ORC ----
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from vmexit.guest.linux.recipe import is_kernel_pointer
 from vmexit.guest.memory import UnreadableError
 from vmexit.guest.scan import MOST_FRAMES, guesses
-from vmexit.guest.system import Frame
+from vmexit.guest.system import CodeMap, CodePiece, Frame
 from vmexit.guest.windows.modules import Module
 from vmexit.guest.windows.pe import FUNCTION, Image, PeError
 from vmexit.guest.windows.running import Windows
@@ -111,6 +111,13 @@ class Stacks:
             if not goes_on:
                 return
             yield Frame(state.ip, state.registers["rsp"])
+
+    def code_map(self) -> CodeMap:
+        """Where code is. Its tables have another form, so that at a trap a caller is a guess."""
+        kernel = self._windows.image
+        pieces = [CodePiece(kernel.base, kernel.base + kernel.size - 1)]
+        pieces += [CodePiece(module.base, module.base + module.size - 1) for module in self._windows.modules if module.size]
+        return CodeMap(tuple(pieces))
 
     def _step(self, state: _State) -> bool:
         """To the caller; whether there is one in the kernel. Raises UnreadableError where it cannot be known."""

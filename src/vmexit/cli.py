@@ -136,7 +136,7 @@ def _report(parsed: argparse.Namespace) -> int:
 def _msr(words: list[str]) -> int:
     from vmexit.commands import msr_explain
     from vmexit.commands.command import Arguments
-    from vmexit.console.tokens import words_of
+    from vmexit.commands.tokens import words_of
 
     if not words:
         print(msr_explain.overview(), flush=True)
@@ -199,8 +199,8 @@ def _run(parsed: argparse.Namespace, **options: Any) -> int:
 
 def _given(kind: str, value: str) -> list[GivenCommand]:
     """The commands of one -x or --script."""
+    from vmexit.commands.tokens import commands_of
     from vmexit.console.run import GivenCommand
-    from vmexit.console.tokens import commands_of
 
     if kind == "x":
         return [GivenCommand(text, "-x") for _, text in commands_of(value.split("\n"))]

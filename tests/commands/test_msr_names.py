@@ -12,7 +12,7 @@ from tests.commands.fakes import Typist
 from vmexit import msr
 from vmexit.commands import msr_sets
 from vmexit.commands.command import Arguments
-from vmexit.console.tokens import parse_number, tokenize
+from vmexit.commands.tokens import parse_number, tokenize
 from vmexit.errors import CommandError
 from vmexit.events.msrs import MsrSet
 

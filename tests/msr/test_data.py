@@ -10,7 +10,7 @@ import pytest
 
 from vmexit import msr
 from vmexit.commands import event_options, registry
-from vmexit.console.tokens import parse_number
+from vmexit.commands.tokens import parse_number
 from vmexit.msr.fields import parse_field
 from vmexit.msr.table import DATA, VENDORS
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from vmexit.console.tokens import Token, TokenKind, parse_number
+from vmexit.commands.tokens import Token, TokenKind, parse_number
 from vmexit.errors import CommandError
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from vmexit.commands.command import Arguments
 from vmexit.commands.session import Session
-from vmexit.console.tokens import Token
+from vmexit.commands.tokens import Token
 from vmexit.errors import CommandError
 from vmexit.events.event import Event
 from vmexit.usercode.assemble import assemble

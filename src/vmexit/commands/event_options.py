@@ -9,7 +9,7 @@ from pathlib import Path
 from vmexit.commands import event_code, event_outputs
 from vmexit.commands.command import Arguments, one_of
 from vmexit.commands.session import Session
-from vmexit.console.tokens import U64_MAX, Token, TokenKind
+from vmexit.commands.tokens import U64_MAX, Token, TokenKind
 from vmexit.debugger import State
 from vmexit.errors import CommandError
 from vmexit.events.event import Event, EventError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vmexit.commands.command import Arguments, did_you_mean
 from vmexit.commands.session import Session
-from vmexit.console.tokens import Token
+from vmexit.commands.tokens import Token
 from vmexit.errors import CommandError
 from vmexit.outputs import OutputState
 from vmexit.outputs.outputs import MOST

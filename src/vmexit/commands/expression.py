@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from vmexit.commands.command import did_you_mean
-from vmexit.console.tokens import Token, TokenKind, parse_number
+from vmexit.commands.tokens import Token, TokenKind, parse_number
 from vmexit.errors import CommandError
 from vmexit.guest import registers as register_names
 

@@ -9,7 +9,7 @@ from vmexit.commands.command import Arguments, Command, Info
 from vmexit.commands.expression import evaluate, pieces_of
 from vmexit.commands.layout import LAST_ADDRESS, address_text, dump_lines, read_up_to
 from vmexit.commands.session import Session
-from vmexit.console.tokens import Token
+from vmexit.commands.tokens import Token
 from vmexit.errors import CommandError
 from vmexit.guest import registers as register_names
 

@@ -9,7 +9,7 @@ from vmexit.commands import msr_names
 from vmexit.commands.command import Arguments, Command, Info
 from vmexit.commands.expression import evaluate, pieces_of
 from vmexit.commands.session import Session
-from vmexit.console.tokens import U64_MAX, Token
+from vmexit.commands.tokens import U64_MAX, Token
 from vmexit.errors import CommandError
 from vmexit.msr_access import MsrError
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from vmexit import msr
 from vmexit.commands.command import Arguments, did_you_mean
-from vmexit.console.tokens import Token, TokenKind
+from vmexit.commands.tokens import Token, TokenKind
 from vmexit.errors import CommandError
 
 

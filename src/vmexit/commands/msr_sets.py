@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from vmexit import msr
 from vmexit.commands.command import Arguments
 from vmexit.commands.msr_names import parse_one
-from vmexit.console.tokens import Token, TokenKind, parse_number
+from vmexit.commands.tokens import Token, TokenKind, parse_number
 from vmexit.events.msrs import MsrSet
 
 _FEW = 4

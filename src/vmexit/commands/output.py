@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from vmexit.commands.command import Arguments, Command, Info, did_you_mean, one_of
 from vmexit.commands.session import Session
-from vmexit.console.tokens import Token, words_of
+from vmexit.commands.tokens import Token, words_of
 from vmexit.errors import CommandError
 from vmexit.outputs import Output, OutputError, OutputState
 from vmexit.outputs.kinds import KINDS

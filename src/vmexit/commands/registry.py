@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from vmexit.commands.command import Arguments, Command, Info, did_you_mean
 from vmexit.commands.session import Session
-from vmexit.console.tokens import Token, TokenKind, tokenize
+from vmexit.commands.tokens import Token, TokenKind, tokenize
 from vmexit.errors import CommandError
 
 

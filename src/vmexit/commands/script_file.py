@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vmexit.commands.command import Arguments, Command, Info
 from vmexit.commands.session import Session
-from vmexit.console.tokens import commands_of
+from vmexit.commands.tokens import commands_of
 from vmexit.errors import VmexitError
 
 _ARGUMENT = re.compile(r"\$arg([0-9]+)")

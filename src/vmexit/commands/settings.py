@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from vmexit.commands.command import Arguments, Command, Info
 from vmexit.commands.session import Session
-from vmexit.console.tokens import U64_MAX, TokenKind
+from vmexit.commands.tokens import U64_MAX, TokenKind
 from vmexit.debugger import Overflow
 from vmexit.guest.disassembly import Syntax
 

@@ -8,7 +8,7 @@ from vmexit.commands.command import Arguments, Command, Info
 from vmexit.commands.expression import evaluate, pieces_of
 from vmexit.commands.layout import LAST_ADDRESS, address_text
 from vmexit.commands.session import Session
-from vmexit.console.tokens import Token
+from vmexit.commands.tokens import Token
 from vmexit.errors import VmexitError
 from vmexit.guest.linux.btf import BtfError
 from vmexit.guest.linux.types import render

@@ -10,7 +10,7 @@ from prompt_toolkit.document import Document
 
 from vmexit.commands import registry
 from vmexit.commands.session import Session
-from vmexit.console.tokens import tokenize
+from vmexit.commands.tokens import tokenize
 
 # What a name in the middle of a sum comes after.
 _IN_A_SUM = re.compile(r"[-+=@]")

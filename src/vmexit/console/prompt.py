@@ -26,11 +26,11 @@ from prompt_toolkit.output.vt100 import Vt100_Output
 
 from vmexit.commands import registry
 from vmexit.commands.session import Session
+from vmexit.commands.tokens import commands_of, is_complete
 from vmexit.console.completion import CommandCompleter, candidates
 from vmexit.console.feed import Feed
 from vmexit.console.render import error_text
 from vmexit.console.screen import OutputGoneError, Screen
-from vmexit.console.tokens import commands_of, is_complete
 from vmexit.debugger import State
 from vmexit.errors import VmexitError
 

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 
 from vmexit.commands import registry
 from vmexit.commands.session import Session
+from vmexit.commands.tokens import commands_of
 from vmexit.console.feed import Feed
 from vmexit.console.guest_output import GuestOutput
 from vmexit.console.interrupts import InterruptedCommandsError, Interrupts
 from vmexit.console.record import EVERYTHING, RecordTo, Tape
 from vmexit.console.render import error_text, exit_text
 from vmexit.console.screen import Screen
-from vmexit.console.tokens import commands_of
 from vmexit.debugger import Debugger, State, StopReason
 from vmexit.errors import CommandError, TargetError, VmexitError
 from vmexit.guest.system import Help

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmexit.console.tokens import (
+from vmexit.commands.tokens import (
     Token,
     TokenKind,
     commands_of,

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 
+import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.commands.fakes import Typist, linux_guest
 
 # A shell that starts `make test` in the background, and nohup, have these ignored; what is started would inherit that, and tests
 # that press Ctrl-C or close a terminal would wait in vain.
@@ -15,3 +19,13 @@ for ignored in (signal.SIGINT, signal.SIGHUP):
 # How long an example takes says how busy the machine is; what must be quick is measured in benchmarks/.
 settings.register_profile("vmexit", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("vmexit")
+
+
+@pytest.fixture
+def booted() -> Iterator[Typist]:
+    """On the made-up Linux, which is recognised."""
+    typist = Typist()
+    typist.boot(linux_guest())
+    typist.types("guest")
+    yield typist
+    typist.close()

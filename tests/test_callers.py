@@ -13,10 +13,10 @@ import pytest
 
 from tests.machines import Output, linux_arguments
 from vmexit import Debugger, LiveTrap, StopReason, Trap
-from vmexit.console.render import Columns
 from vmexit.guest.linux.cache import Cache
 from vmexit.guest.system import CodeMap
 from vmexit.guest_view import GuestView
+from vmexit.lines import Columns
 from vmexit.link.wire import RecordFlag
 from vmexit.targets.qemu import Qemu
 

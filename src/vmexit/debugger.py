@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Unpack
+from typing import Unpack
 
 from vmexit.dispatch import Dispatch
 from vmexit.errors import LinkError, TargetError, VmexitError
@@ -21,6 +21,7 @@ from vmexit.guest.linux.recipe import Recipe
 from vmexit.guest.system import CodeMap
 from vmexit.guest_view import GuestView
 from vmexit.hooks import HookOptions, Msr, make_event
+from vmexit.lines import Columns
 from vmexit.link.client import RequestError
 from vmexit.link.rings import Records
 from vmexit.link.wire import Access, Action, Status
@@ -33,9 +34,6 @@ from vmexit.script.compile import CompiledScript, Compiler
 from vmexit.script.runtime import DEFAULT_STACK, DEFAULT_STEPS, Runtime, check_limits
 from vmexit.targets.base import Notice, NoticeKind, Target
 from vmexit.trap import Registers, Trap
-
-if TYPE_CHECKING:
-    from vmexit.console.render import Columns
 
 # How long the debugger sleeps when nothing calls it: records that need not be seen at once wait no longer than this.
 _POLL_S = 0.05
@@ -191,8 +189,6 @@ class Debugger:
 
     def _lines(self, records: Records) -> str:
         """Traps as lines of text, as the console has them."""
-        from vmexit.console.render import Columns
-
         if self._columns is None:
             self._columns = Columns(self.started_ns, names=self.names)
         return self._columns.lines(records)

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import vmexit
 from vmexit.console.record import RecordTo, Tape
-from vmexit.console.render import Columns, summary_table
+from vmexit.console.render import summary_table
 from vmexit.debugger import Debugger, Stop, StopReason
 from vmexit.errors import VmexitError
+from vmexit.lines import Columns
 from vmexit.setup.initramfs import PRELUDE, READ_MSR, build_initramfs
 from vmexit.setup.kernel import Kernel, find_kernel
 from vmexit.targets.qemu import Qemu

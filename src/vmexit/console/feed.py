@@ -9,9 +9,10 @@ import numpy as np
 
 from vmexit.commands.session import Session
 from vmexit.console.guest_output import GuestOutput
-from vmexit.console.render import Columns, notice_text, stop_text
+from vmexit.console.render import notice_text, stop_text
 from vmexit.console.screen import Screen
 from vmexit.debugger import State, Stop, StopReason
+from vmexit.lines import Columns
 from vmexit.link.rings import Records, joined
 from vmexit.link.wire import RECORD
 from vmexit.prints import Printed

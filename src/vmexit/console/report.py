@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from vmexit.console.recorded import RecordedNames
-from vmexit.console.render import Columns
+from vmexit.lines import Columns
 from vmexit.report.digest import Digest
 from vmexit.report.facts import counted
 from vmexit.report.fileformat import RecordingError

@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.commands.fakes import record
-from vmexit.console import meaning
-from vmexit.console.meaning import Meanings
+from vmexit import meaning
 from vmexit.link.rings import joined
 from vmexit.link.wire import Access, Stage
+from vmexit.meaning import Meanings
 from vmexit.trap import traps_of
 
 _RECORDS = st.lists(

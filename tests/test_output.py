@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 import threading
 
+import pytest
+
+from tests.outputs.peers import WAIT_S, wait_until
+from vmexit import output
 from vmexit.output import OutputReader
 
 
@@ -25,7 +29,8 @@ class Pipe:
         return self.got
 
 
-def test_whole_lines() -> None:
+def test_whole_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output, "_PARTIAL_LINE_S", WAIT_S)
     pipe = Pipe()
     for part in (b"one\ntw", b"o\nthree\n"):
         os.write(pipe.fd, part)
@@ -36,7 +41,7 @@ def test_whole_lines() -> None:
 def test_what_has_no_end_comes_after_a_moment() -> None:
     pipe = Pipe()
     os.write(pipe.fd, b"login: ")
-    assert pipe.came.wait(10)
+    assert pipe.came.wait(WAIT_S)
     assert pipe.got == [b"login: "]
     assert pipe.end() == [b"login: "]
 
@@ -50,11 +55,9 @@ def test_the_rest_at_the_end() -> None:
 def test_a_line_without_end_is_not_gathered_for_ever() -> None:
     pipe = Pipe()
     threading.Thread(target=lambda: (os.write(pipe.fd, b"x" * 300_000), None), daemon=True).start()
-    assert pipe.came.wait(10)
+    assert pipe.came.wait(WAIT_S)
     assert len(pipe.got[0]) < 200_000
-    while sum(map(len, pipe.got)) < 300_000:
-        pipe.came.clear()
-        assert pipe.came.wait(10)
+    wait_until(lambda: sum(map(len, pipe.got)) == 300_000, "all of it")
     pipe.end()
 
 
@@ -74,7 +77,7 @@ def test_what_is_in_the_pipe_is_passed_on_when_it_has_settled() -> None:
     pipe = Pipe()
     for i in range(50):
         os.write(pipe.fd, b"%d\n" % i)
-        pipe.reader.settle(10)
+        pipe.reader.settle(WAIT_S)
         assert b"".join(pipe.got).endswith(b"%d\n" % i)
     pipe.end()
-    pipe.reader.settle(10)
+    pipe.reader.settle(WAIT_S)

@@ -330,7 +330,7 @@ class TestOutput:
         with guest("loop", COUNT=3_000_000) as (debugger, _, output):
             debugger.on_msr_write(0xC0000081, script='printf("%llx\\n", $value); .n = .n + 1;')
             debugger.go()
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + 120
             while debugger.hits(next(iter(debugger.events))) < 1000 and time.monotonic() < deadline:
                 debugger.pump(0.01)
             debugger.target.link.close()

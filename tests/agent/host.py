@@ -24,7 +24,7 @@ from vmexit.link.wire import Access, Action, EventFlag, Stage
 
 from .build import build_agent, build_host
 
-PATIENCE_S = 10.0
+PATIENCE_S = 60.0
 """How long anything may take that takes milliseconds."""
 
 ALIAS = 0xFFFF_8000_0000_0000

@@ -171,7 +171,7 @@ def test_one_debugger_after_the_other_in_full_traffic(host: FakeHost) -> None:
         records = link.rings.drain()
         assert set(np.unique(records["event"])) <= {number}
         link.close()
-    eventually(lambda: all_done(host), patience=20)
+    eventually(lambda: all_done(host))
     assert len(host.executed()) == 2 * 30 * 200
     begins_anew(host)
 

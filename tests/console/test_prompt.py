@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import stat
-import time
 from pathlib import Path
 
 import pytest
 from prompt_toolkit.history import InMemoryHistory
 
-from tests.console.vmexits import terminal, wait_until_gone
+from tests.console.vmexits import TIME_S, terminal, wait_until_gone
 from tests.machines import guest_arguments
 from vmexit.console.prompt import harmless, history
 
@@ -125,12 +124,11 @@ def test_ctrl_c_in_a_flood_at_a_slow_terminal(tmp_path: Path) -> None:
         at.take(2)
         end = len(at.text)
         at.types("\x03")
-        before = time.monotonic()
-        at.waits_for(r"traps were recorded that are not shown here; the last 100 are:", after=end, seconds=30)
+        at.waits_for(r"traps were recorded that are not shown here; the last 100 are:", after=end)
         at.waits_for(r"halted, core 0", after=end)
         at.waits_for(PROMPT, after=end)
-        # A backlog of a ring alone would take a minute at this speed.
-        assert time.monotonic() - before < 30
+        # A backlog of a ring alone would be twice as much.
+        assert len(at.text) - end < 600_000
         at.enters("events", r"0    \(enabled\)  +[0-9,]+ hits")
 
 
@@ -174,8 +172,8 @@ def test_ctrl_c_ends_a_sleep(tmp_path: Path) -> None:
     _, arguments = guest_arguments("hang")
     with terminal(tmp_path, arguments) as at:
         at.waits_for(PROMPT)
-        at.enters("sleep 0n50000", "")
-        at.take(0.3)
+        at.types("sleep 0n500000\r")
+        at.executes()
         at.types("\x03")
         at.enters("~", r"current core: 0")
 
@@ -188,7 +186,7 @@ def test_ctrl_c_ends_a_long_text_at_a_slow_terminal(tmp_path: Path) -> None:
         at.types("db 100000 l 20000\r")
         at.waits_for("00000000`00100010")
         at.types("\x03")
-        at.waits_for(r"\.\.\. interrupted\s+0: vmexit> *$", seconds=10)
+        at.waits_for(r"\.\.\. interrupted\s+0: vmexit> *$")
         at.speed = float("inf")
         at.enters("~", "current core: 0")
 
@@ -224,7 +222,7 @@ def test_the_terminal_goes_away(tmp_path: Path) -> None:
         qemu = at.qemu
         at.hang_up()
         assert wait_until_gone(qemu)
-        at.process.wait(10)
+        at.process.wait(TIME_S)
 
 
 def test_colours(tmp_path: Path) -> None:

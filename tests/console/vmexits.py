@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from fcntl import ioctl
 from pathlib import Path
 
-TIME_S = 60
+TIME_S = 120
 _TAKE_THE_TERMINAL = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
 _FORWARD = re.compile(r"\x1b\[(\d*)C")
 _CODES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[ -/]*[0-~]|\r|\x07")
@@ -49,7 +49,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def wait_until_gone(pid: int, seconds: float = 10) -> bool:
+def wait_until_gone(pid: int, seconds: float = 60) -> bool:
     """Whether a process ends within that time."""
     deadline = time.monotonic() + seconds
     while is_alive(pid) and time.monotonic() < deadline:
@@ -104,7 +104,7 @@ class Terminal:
         """Presses keys; Enter is \\r."""
         os.write(self._ours, text.encode())
 
-    def waits_for(self, pattern: str, *, after: int = 0, seconds: float = 20) -> int:
+    def waits_for(self, pattern: str, *, after: int = 0, seconds: float = 60) -> int:
         """Waits until it shows a text (regular expression) behind an offset into all it has shown; gives where that ends."""
         deadline = time.monotonic() + seconds
         while True:
@@ -114,13 +114,20 @@ class Terminal:
             assert time.monotonic() < deadline, f"{pattern!r} was not shown within {seconds:g} s:\n{self.text[-3000:]}"
             self.take()
 
+    def executes(self, seconds: float = 60) -> None:
+        """Waits until it carries out a command: while it reads one, the terminal's keys are its own."""
+        deadline = time.monotonic() + seconds
+        while not self.is_sane:
+            assert time.monotonic() < deadline, f"it still reads a command:\n{self.text[-3000:]}"
+            self.take()
+
     def enters(self, line: str, pattern: str) -> int:
         """Types a line and waits for what comes of it."""
         before = len(self.text)
         self.types(f"{line}\r")
         return self.waits_for(pattern, after=before)
 
-    def ends(self, seconds: float = 20) -> int:
+    def ends(self, seconds: float = 60) -> int:
         """Waits until it ends; gives its exit status."""
         deadline = time.monotonic() + seconds
         while self.process.poll() is None:

@@ -110,6 +110,7 @@ def test_one_that_is_killed_is_started_again(tmp_path: Path) -> None:
         debugger.run(until=lambda: output.sent > 500, timeout=60)
         wait_until(lambda: output.sent > 500, "some calls")
         first = child_of(debugger)
+        assert first
         os.kill(first, 9)
         finish(debugger)
         debugger.close()

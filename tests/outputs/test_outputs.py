@@ -166,7 +166,10 @@ def test_a_guest_that_waits_can_be_halted(tmp_path: Path, monkeypatch: pytest.Mo
             output = debugger.outputs.create("p", "namedpipe", str(tmp_path / "p"))
             debugger.outputs.open("p")
             debugger.on_msr_write(STAR, script=SCRIPT, outputs=("p",))
-            assert debugger.run(timeout=2).reason is StopReason.TIMEOUT
+            stop = debugger.run(until=lambda: output.is_full and output.held_back_s > 0.2, timeout=60)
+            assert stop.reason is StopReason.CONDITION
+            # Nor does it go on after a while.
+            assert debugger.run(timeout=0.5).reason is StopReason.TIMEOUT
             assert output.is_full and output.dropped == 0
             assert any("the guest waits for it" in line for line in debugger.outputs.news())
             debugger.set_overflow(Overflow.DROP)

@@ -94,6 +94,8 @@ class TestPeers:
         with peers() as make, guest("loop", COUNT=30_000) as (debugger, _, _):
             peer, address = self.start(kind, folder, make, size=65536, pause=0.05)
             forward(debugger, "namedpipe" if kind == "fifo" else kind, address)
+            # A reader that has not opened its pipe yet is one that never was there, for which no guest waits.
+            wait_until(lambda: debugger.outputs["out"].trouble is None, "the reader")
             finish(debugger)
             debugger.close()
             wait_until(lambda: len(peer.got) >= 30_000 * 17, "all of it")

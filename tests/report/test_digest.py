@@ -38,7 +38,7 @@ traps = st.builds(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=30, deadline=None)
 @given(st.lists(traps, min_size=1, max_size=60), st.integers(1, 60))
 def test_sums_and_changes_are_those_of_simple_loops(
     tmp_path: Path, digest_of: Digests, rows: list[dict[str, int]], cut: int

@@ -112,7 +112,7 @@ def test_what_is_known_is_merged() -> None:
 # ---- whole files ----
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=25, deadline=None)
 @given(st.lists(st.integers(0, 300), max_size=8))
 def test_what_is_recorded_is_read(tmp_path: Path, sizes: list[int]) -> None:
     parts, total = [], 0
@@ -294,7 +294,7 @@ def test_records_are_in_the_file_soon(tmp_path: Path) -> None:
     with Recorder(tmp_path / "r") as recorder:
         recorder.begin({})
         recorder.add(many(10))
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while recorder.traps < 10:
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -348,12 +348,12 @@ def test_whoever_waits_for_room_is_let_go_when_writing_fails(tmp_path: Path, mon
 
     def fails(*_: Any) -> bytes:
         reached.set()
-        may_go_on.wait(20)
+        may_go_on.wait(60)
         raise ValueError("a mistake")
 
     monkeypatch.setattr(fileformat, "traps_block", fails)
     recorder.add(many(10))
-    assert reached.wait(20)
+    assert reached.wait(60)
     full = np.tile(many(1000), 600)
     recorder.add(full)
     failed: list[RecordingError] = []
@@ -367,7 +367,7 @@ def test_whoever_waits_for_room_is_let_go_when_writing_fails(tmp_path: Path, mon
     waiting = threading.Thread(target=adds)
     waiting.start()
     may_go_on.set()
-    waiting.join(20)
+    waiting.join(60)
     assert not waiting.is_alive()
     assert str(failed[0]) == f"{tmp_path / 'r'}: internal error: ValueError: a mistake"
     with pytest.raises(RecordingError):

@@ -22,7 +22,7 @@ from vmexit.errors import VmexitError
 from vmexit.sdk import ALL_EVENTS, Client, DeviceError, GeneralEventDetail, Ioctl, ModifyEvents, ModifyType, Status
 from vmexit.sdk.server import Server
 
-PATIENCE_S = 10.0
+PATIENCE_S = 60.0
 MODIFY = bytes(ModifyEvents(Tag=ALL_EVENTS, TypeOfAction=ModifyType.DISABLE))
 REQUEST = struct.pack("<III", Ioctl.MODIFY_EVENTS, len(MODIFY), 24) + MODIFY
 ANSWER = 8 + 24

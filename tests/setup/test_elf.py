@@ -68,7 +68,7 @@ def test_cut_short(tmp_path: Path, library: Path) -> None:
         read_elf(path)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None)
 @given(
     changes=st.lists(st.tuples(st.integers(6, 1 << 14), st.integers(0, 255)), max_size=20),
     cut=st.integers(6, 1 << 15),

@@ -31,6 +31,7 @@ QEMU = "qemu-system-x86_64"
 COUNT = 300_000
 """Writes of a guest in a loop: some seconds, of which a test takes as many as it needs."""
 PARAVIRTUAL = 0x12345
+PATIENCE_S = 60.0
 
 _LOCK = """
 #include <linux/filter.h>
@@ -78,7 +79,7 @@ def start() -> Iterator[Start]:
 
 def ended(process: subprocess.Popen[str]) -> tuple[str, int]:
     """What the VMM has printed, and its status, once its guest has come to its end."""
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=2 * PATIENCE_S)
     return said, process.returncode
 
 
@@ -88,7 +89,7 @@ def right_sum(count: int) -> str:
 
 def wait_for_vm(process: subprocess.Popen[Any]) -> None:
     """Until the guest is in its loop, or nearly."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE_S
     while not any(machine.pid == process.pid and machine.vcpus for machine in machines()):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.01)
@@ -100,7 +101,7 @@ def some_writes(debugger: Debugger, count: int) -> list[int]:
     traps: list[Trap] = []
     debugger.listeners.append(traps.extend)
     event = debugger.on_msr_write(expected.STAR)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_S
     while len(traps) < count and time.monotonic() < deadline:
         debugger.pump(0.02)
     debugger.clear(event)
@@ -135,7 +136,7 @@ def test_two_vcpus(start: Start) -> None:
             traps: list[Trap] = []
             debugger.listeners.append(traps.extend)
             event = debugger.on_msr_write(expected.STAR)
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + PATIENCE_S
             while not all(sum(trap.core == core for trap in traps) > 50 for core in range(2)) and time.monotonic() < deadline:
                 debugger.pump(0.02)
             debugger.clear(event)
@@ -160,7 +161,7 @@ def test_breaks_registers_memory(start: Start, kind: str) -> None:
         event = debugger.on_msr_write(expected.STAR, lambda trap: trap.halt(), stage=Stage.ALL)
         stages = []
         for _ in range(6):
-            stop = debugger.run(timeout=30)
+            stop = debugger.run(timeout=60)
             assert stop.reason == StopReason.BREAK and stop.trap is not None
             stages.append(stop.trap.stage)
             assert debugger.registers()["rip"] == rip + (2 if stop.trap.stage == Stage.POST else 0)
@@ -214,7 +215,7 @@ from vmexit import Debugger
 from vmexit.targets.attach import Attached
 debugger = Debugger(Attached(int(sys.argv[1])))
 debugger.on_msr_write(0xC0000081, lambda trap: trap.halt())
-stop = debugger.run(timeout=30)
+stop = debugger.run(timeout=60)
 print(stop.reason.name, flush=True)
 time.sleep(60)
 """
@@ -256,7 +257,7 @@ def test_a_paused_qemu(start: Start, tmp_path: Path) -> None:
     command = [QEMU, "-accel", "kvm", "-cpu", "host", *qemu_arguments(build("sequence"), machine="microvm"), "-S"]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE_S
         while not any(machine.pid == process.pid and machine.vcpus for machine in machines()):
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -348,7 +349,7 @@ def test_it_ends_under_us(start: Start) -> None:
     wait_for_vm(process)
     with Debugger(Attached(process.pid)) as debugger:
         process.kill()
-        assert debugger.run(timeout=30).reason == StopReason.ENDED
+        assert debugger.run(timeout=60).reason == StopReason.ENDED
 
 
 class TestRefused:
@@ -367,7 +368,7 @@ class TestRefused:
 
     def test_an_emulated_guest_without_the_agent(self, start: Start) -> None:
         process = start("tcg", "hang")
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE_S
         while "qemu" not in Path(f"/proc/{process.pid}/comm").read_text():
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -394,7 +395,7 @@ class TestRefused:
             ]
         )
         try:
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + PATIENCE_S
             while "TracerPid:\t0" in Path(f"/proc/{process.pid}/status").read_text():
                 assert time.monotonic() < deadline
                 time.sleep(0.01)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import socket
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.guests.build import OK_STATUS, build, qemu_arguments
 from tests.machines import Output
-from vmexit import Debugger, StopReason
+from vmexit import Debugger, State, StopReason
 from vmexit.errors import TargetError, UsageError, VmexitError
 from vmexit.link.wire import Capability
 from vmexit.targets.qemu import Qemu, check_arguments
@@ -137,7 +138,7 @@ def test_somebody_else_resumes_and_pauses_it(tmp_path: Path) -> None:
     def say(command: str) -> None:
         """Returns once the monitor has carried it out, which its next prompt tells."""
         with socket.socket(socket.AF_UNIX) as peer:
-            peer.settimeout(20)
+            peer.settimeout(60)
             peer.connect(str(monitor))
             wait_for_prompt(peer)
             peer.send(command.encode() + b"\n")
@@ -152,15 +153,10 @@ def test_somebody_else_resumes_and_pauses_it(tmp_path: Path) -> None:
 
     with Debugger(Qemu(arguments, output=Output())) as debugger:
         debugger.run(timeout=0.2)
-        say("cont")
-        for _ in range(100):
-            debugger.pump(0.05)
-            if debugger.state.value == "running":
-                break
-        assert debugger.state.value == "running"
-        say("stop")
-        for _ in range(100):
-            debugger.pump(0.05)
-            if debugger.state.value == "halted":
-                break
+        for command, state in (("cont", State.RUNNING), ("stop", State.HALTED)):
+            say(command)
+            deadline = time.monotonic() + 60
+            while debugger.state is not state:
+                assert time.monotonic() < deadline
+                debugger.pump(0.05)
         assert debugger.stop is not None and debugger.stop.reason == StopReason.PAUSED

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from vmexit.outputs.module_host import LOADED
 from vmexit.outputs.sink import OutputError, SinkError
 from vmexit.outputs.streams import StreamSink
 from vmexit.setup.elf import MACHINES, ElfError, read_elf
@@ -86,12 +87,13 @@ class ModuleSink(StreamSink):
         assert self._process is not None
         if not select.select([answer], [], [], _LOAD_S)[0]:
             raise SinkError(f"it is not loaded after {_LOAD_S:g} s")
-        if reason := os.read(answer, _REASON):
-            raise SinkError(f"it cannot be loaded: {reason.decode(errors='replace')}", for_good=True)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            # One that ends in the library's constructor says nothing.
-            self._process.wait(0.01)
+        said = os.read(answer, _REASON)
+        if not said:  # it has ended in the library's constructor, or is about to
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_LOAD_S)
             raise SinkError(self._end_text(), for_good=True)
+        if said != LOADED:
+            raise SinkError(f"it cannot be loaded: {said.decode(errors='replace')}", for_good=True)
 
     def _framed(self, messages: Sequence[bytes]) -> bytes:
         return b"".join(part for message in messages for part in (_LENGTH.pack(len(message)), message))

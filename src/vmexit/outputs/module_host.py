@@ -2,7 +2,7 @@
 
 Started as a file by module.py, with Python alone: nothing of vmexit is imported here. Arguments: the library's path, the number
 of the process that started it, and the descriptors of a pipe with messages (4 bytes of length, little-endian, before each), of
-a pipe for what it says when it has loaded the library (nothing, or why it could not), and of shared memory: bytes of messages
+a pipe for what it says when it has loaded the library (LOADED, or why it could not), and of shared memory: bytes of messages
 begun, and done.
 """
 
@@ -13,6 +13,8 @@ import signal
 import struct
 import sys
 
+LOADED = b"\0"
+"""What it says then; a library whose constructor ends the process leaves nothing said."""
 _FUNCTION = "hyperdbg_event_forwarding"
 _PR_SET_PDEATHSIG = 1
 
@@ -34,6 +36,7 @@ def main() -> None:
     except (OSError, AttributeError) as error:
         os.write(answer_fd, str(error).encode()[:1000])
         sys.exit(1)
+    os.write(answer_fd, LOADED)
     os.close(answer_fd)
     function.argtypes, function.restype = (ctypes.c_char_p, ctypes.c_uint), None
     done = memoryview(mmap.mmap(shared_fd, mmap.PAGESIZE)).cast("Q")

@@ -17,7 +17,8 @@ OutputTo = Callable[[str, bytes], None]
 """Called with "stdout" or "stderr" and what the VMM wrote there; from threads of their own."""
 
 _QUIT_S = 3.0
-_SETTLE_S = 0.05
+_SETTLE_S = 0.3
+"""At most: on a busy machine what is read takes its time, and who reads may itself wait for us where a guest prints very much."""
 
 
 class Process:

@@ -38,7 +38,7 @@ VALUES = st.one_of(
 CHANGES = st.lists(st.tuples(st.sampled_from(PLACES), st.integers(0, 0x80), VALUES), min_size=1, max_size=12)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     changes=CHANGES, registers=st.dictionaries(st.sampled_from(["rsp", "rbp", "gs_base", "kernel_gs_base", "rip", "cr3"]), VALUES)
 )

@@ -57,6 +57,8 @@ struct door {
     /* For scripts. The 16 general registers, as given and taken above; what is not changed costs nothing. */
     void (*get_general)(struct trap *trap, uint64_t *registers);
     void (*set_general)(struct trap *trap, const uint64_t *registers, uint32_t changed);
+    /* Where they are, if they lie in that order and can be changed there. May be null, and may give null. */
+    uint64_t *(*general_in_place)(struct trap *trap);
     /* Any other register, by its number in script.h, and memory. False: it cannot be reached, or there is none. */
     bool (*read_register)(struct trap *trap, unsigned number, uint64_t *value);
     bool (*write_register)(struct trap *trap, unsigned number, uint64_t value);

@@ -332,7 +332,15 @@ static void ready(context_t *context, struct run *run, const struct script *scri
     context->values[VMEXIT_VALUE_EVENT_ID] = run->event->id - 1;
     context->values[VMEXIT_VALUE_EVENT_TAG] = VMEXIT_FIRST_TAG + run->event->id - 1;
     context->values[VMEXIT_VALUE_RIP] = trap->rip;
-    trap->door->get_general(run->trap, context->registers);
+}
+
+/* The general registers: where the guest has them, which spares copying them, or in the place to run. */
+static uint64_t *registers_of(struct trap *trap, struct place_to_run *place)
+{
+    uint64_t *there = trap->door->general_in_place ? trap->door->general_in_place(trap) : NULL;
+    if (there == NULL)
+        trap->door->get_general(trap, place->registers);
+    return there ? there : place->registers;
 }
 
 static void leave_fault(const struct run *run, const context_t *context, uint32_t error)
@@ -347,13 +355,16 @@ static void leave_fault(const struct run *run, const context_t *context, uint32_
 
 bool scripts_run(struct trap *trap, const struct vmexit_event *event, const struct script *script, struct progress *progress)
 {
-    context_t *context = &scripts.places[trap->vcpu].context;
+    struct place_to_run *place = &scripts.places[trap->vcpu];
+    context_t *context = &place->context;
     struct run run = {.trap = trap, .event = event, .progress = progress};
-    tell_process(&scripts.places[trap->vcpu], &run);
+    tell_process(place, &run);
     ready(context, &run, script);
+    context->registers = registers_of(trap, place);
     uint32_t error = script_run(context, script->entry, __atomic_load_n(&scripts.steps, __ATOMIC_RELAXED));
     if (context->changed) {
-        trap->door->set_general(trap, context->registers, context->changed);
+        if (context->registers == place->registers)
+            trap->door->set_general(trap, context->registers, context->changed);
         trap_follow(trap, context->registers, context->changed);
     }
     if (error != VMEXIT_FAULT_NONE)
@@ -363,9 +374,13 @@ bool scripts_run(struct trap *trap, const struct vmexit_event *event, const stru
 
 bool scripts_hold(struct trap *trap, const struct vmexit_event *event, const struct script *condition, struct progress *progress)
 {
-    context_t *context = &scripts.places[trap->vcpu].context;
+    struct place_to_run *place = &scripts.places[trap->vcpu];
+    context_t *context = &place->context;
     struct run run = {.trap = trap, .event = event, .progress = progress};
     ready(context, &run, condition);
+    /* In a copy: the guest is to see nothing of what it writes. */
+    context->registers = place->registers;
+    trap->door->get_general(trap, place->registers);
     uint32_t error = script_run(context, condition->entry, __atomic_load_n(&scripts.steps, __ATOMIC_RELAXED));
     return error == VMEXIT_FAULT_NONE && context->registers[VMEXIT_RAX] != 0;
 }

@@ -96,6 +96,8 @@ static void get_general(struct trap *trap, uint64_t *values)
         values[number] = read_register(trap->vcpu, place, number);
 }
 
+static uint64_t *general_in_place(struct trap *trap) { return ((const struct place *)trap->place)->env; }
+
 static void set_general(struct trap *trap, const uint64_t *values, uint32_t changed)
 {
     uint64_t *env = ((struct place *)trap->place)->env;
@@ -294,6 +296,7 @@ static struct door door = {
     .set_asked = set_asked,
     .get_general = get_general,
     .set_general = set_general,
+    .general_in_place = general_in_place,
     .read_register = read_any_register,
     .write_register = write_any_register,
     .reach_memory = reach_memory,

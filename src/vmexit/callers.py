@@ -28,7 +28,10 @@ def pack(code: CodeMap) -> bytes:
         pieces.append(
             wire.pack("code", first=piece.first, last=piece.last, places=piece.places, entries=piece.entries, count=piece.count)
         )
-    return wire.pack("frames", rsp=code.rsp, rbp=code.rbp, call=code.call, count=len(pieces)) + b"".join(pieces)
+    head = wire.pack(
+        "frames", rsp=code.rsp, rbp=code.rbp, call=code.call, frame_pointers=int(code.keeps_frame_pointers), count=len(pieces)
+    )
+    return head + b"".join(pieces)
 
 
 class Callers:

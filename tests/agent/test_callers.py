@@ -216,6 +216,21 @@ def test_guesses(guest: Calling) -> None:
     assert guest.caller() == (0, 0)
 
 
+def test_frame_pointers(guest: Calling) -> None:
+    bare = (CodePiece(AT, AT + 0xFFF), CodePiece(KERNEL + CODE, KERNEL + CODE + 0xFFF))
+    guest.know(CodeMap(bare, keeps_frame_pointers=True))
+    guest.register("rbp", KERNEL + STACK + 0x200)
+    for caller, is_one in ((OTHER, True), (CALLER + 1, False), (OTHER, True), (KERNEL + 0x9105, False), (0, False)):
+        guest.on_stack(0x208, caller)
+        assert guest.caller() == (caller if is_one else 0, 0)
+    guest.on_stack(0x208, OTHER)
+    guest.on_stack(0x308, CALLER)
+    guest.register("rbp", KERNEL + STACK + 0x300)
+    assert guest.caller() == (CALLER, 0)
+    guest.register("rbp", 0)
+    assert guest.caller() == (0, 0)
+
+
 def test_a_caller_in_code_that_is_not_known_is_a_guess(guest: Calling) -> None:
     guest.know(replace(CODES, pieces=CODES.pieces[:1]))
     assert guest.caller() == (CALLER, GUESSED)

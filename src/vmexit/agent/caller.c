@@ -27,7 +27,7 @@ struct code {
 struct rule {
     uint64_t rip; /* 0: nothing is remembered */
     int32_t offset;
-    enum { NOWHERE, FROM_RSP, FROM_RBP, PERHAPS_AT_RSP } where;
+    enum { NOWHERE, FROM_RSP, FROM_RBP, BY_FRAME_POINTER, PERHAPS_AT_RSP } where;
     struct caller last; /* with a number; address 0: nothing is remembered */
 };
 
@@ -57,7 +57,7 @@ static struct {
 
 static bool is_sound(const struct vmexit_frames *head, const struct vmexit_code *pieces)
 {
-    if (head->rsp > 15 || head->rbp > 15 || head->rsp == head->rbp || head->call > 7)
+    if (head->rsp > 15 || head->rbp > 15 || head->rsp == head->rbp || head->call > 7 || head->frame_pointers > 1)
         return false;
     for (uint32_t i = 0; i < head->count; i++)
         if (pieces[i].first > pieces[i].last || (i > 0 && pieces[i].first <= pieces[i - 1].last))
@@ -197,7 +197,9 @@ static struct rule make_rule(unsigned vcpu, const struct code *code, uint64_t ri
     struct rule rule = {.rip = rip, .where = NOWHERE};
     /* Code that is not known may still be the kernel's; the guest's programs and its firmware are elsewhere. */
     if (piece == NULL ? rip >> 63 : piece->count == 0)
-        rule.where = PERHAPS_AT_RSP;
+        rule.where = piece && code->head.frame_pointers ? BY_FRAME_POINTER : PERHAPS_AT_RSP;
+    if (rule.where == BY_FRAME_POINTER)
+        rule.offset = RETURN_BYTES; /* above RBP as it was before */
     if (piece == NULL || piece->count == 0 || !read_entry(vcpu, piece, rip, entry))
         return rule;
     memcpy(&offset, entry, sizeof offset);
@@ -209,6 +211,8 @@ static struct rule make_rule(unsigned vcpu, const struct code *code, uint64_t ri
     rule.offset = offset - RETURN_BYTES;
     return rule;
 }
+
+static bool goes_by_rbp(const struct rule *rule) { return rule->where == FROM_RBP || rule->where == BY_FRAME_POINTER; }
 
 static inline struct rule *rule_at(struct place *place, uint64_t rip)
 {
@@ -257,7 +261,7 @@ static bool is_behind_call(unsigned vcpu, uint64_t address)
 }
 
 /* A place on the stack that a table tells holds a caller where it points into code that is known; else it is a guess, as in code without a
- * table, and has to point behind a call. */
+ * table, and has to point behind a call, as that has which a frame pointer leads to. */
 static struct caller look(struct place *place, unsigned vcpu, const struct code *code, struct rule *rule, uint64_t base)
 {
     const struct caller nobody = {0};
@@ -269,7 +273,10 @@ static struct caller look(struct place *place, unsigned vcpu, const struct code 
     const uint16_t number = find_number(place, address)->number;
     const bool is_known = piece_of(code, address) != NULL;
     const bool is_guess = rule->where == PERHAPS_AT_RSP || !is_known;
-    if (is_guess && ((rule->where == PERHAPS_AT_RSP && !is_known) || !is_behind_call(vcpu, address)))
+    const bool has_table = rule->where == FROM_RSP || rule->where == FROM_RBP;
+    if (!has_table && !is_known)
+        return nobody;
+    if ((!has_table || is_guess) && !is_behind_call(vcpu, address))
         return nobody;
     const struct caller caller = {.address = address, .number = number, .is_guess = is_guess};
     if (number != 0)
@@ -299,7 +306,7 @@ static struct caller find(struct place *place, unsigned vcpu, uint64_t rip, uint
         refresh(place, generation, memory);
         struct rule *rule = rule_of(place, vcpu, code, rip);
         if (rule->where != NOWHERE)
-            caller = look(place, vcpu, code, rule, rule->where == FROM_RBP ? rbp(context) : rsp);
+            caller = look(place, vcpu, code, rule, goes_by_rbp(rule) ? rbp(context) : rsp);
     }
     task_end_reading(vcpu);
     return caller;
@@ -311,7 +318,7 @@ struct caller caller_find(unsigned vcpu, uint64_t rip, uint64_t rsp, uint64_t (*
         return (struct caller){0};
     struct place *place = &__atomic_load_n(&callers.places, __ATOMIC_ACQUIRE)[vcpu];
     const struct rule *rule = rule_at(place, rip);
-    if (rule->rip == rip && rule->last.address && is_same_again(place, vcpu, rule, rule->where == FROM_RBP ? rbp(context) : rsp))
+    if (rule->rip == rip && rule->last.address && is_same_again(place, vcpu, rule, goes_by_rbp(rule) ? rbp(context) : rsp))
         return rule->last;
     return find(place, vcpu, rip, rsp, rbp, context);
 }

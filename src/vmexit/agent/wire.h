@@ -341,7 +341,7 @@ struct vmexit_frames {
     uint8_t rsp; /* in an entry: this is the register */
     uint8_t rbp;
     uint8_t call; /* the kind of a frame that a call has made */
-    uint8_t reserved;
+    uint8_t frame_pointers; /* 1: code without a table keeps them in RBP */
     uint32_t count; /* of the pieces of code that follow, at most VMEXIT_MAX_CODES */
 };
 

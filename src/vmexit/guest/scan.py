@@ -21,7 +21,7 @@ def guesses(memory: VirtualMemory, sp: int, end: int, is_code: Callable[[int], b
         except UnreadableError:
             return
         for index, word in enumerate(words):
-            if is_code(word) and _is_behind_call(memory, word):
+            if is_code(word) and is_behind_call(memory, word):
                 yield Frame(word, at + index * 8 + 8, is_guess=True)
                 found += 1
                 if found == MOST_FRAMES:
@@ -29,7 +29,8 @@ def guesses(memory: VirtualMemory, sp: int, end: int, is_code: Callable[[int], b
         at += length
 
 
-def _is_behind_call(memory: VirtualMemory, address: int) -> bool:
+def is_behind_call(memory: VirtualMemory, address: int) -> bool:
+    """Whether a call instruction ends there: E8, or FF /2."""
     try:
         code = memory.read(address - 7, 7)
     except UnreadableError:

@@ -242,6 +242,8 @@ class CodeMap:
     rsp: int = 0
     rbp: int = 1
     call: int = 0
+    keeps_frame_pointers: bool = False
+    """Code without a table does."""
 
 
 class Stacks(Protocol):

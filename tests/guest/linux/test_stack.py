@@ -1,4 +1,4 @@
-"""Stacks, by ORC tables that the tests write and by guessing."""
+"""Stacks, by ORC tables and frame pointers that the tests write, and by guessing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from tests.guest.linux.fake_linux import FakeLinux
 from vmexit.guest.linux.modules import Module
 from vmexit.guest.linux.running import Linux
-from vmexit.guest.linux.stack import _KINDS, _NUMBERINGS, Stacks
+from vmexit.guest.linux.stack import _FUNCTIONS, _KINDS, _NUMBERINGS, Stacks
 from vmexit.guest.scan import MOST_FRAMES
 from vmexit.guest.symbols import Symbols
 from vmexit.guest.system import CodeMap, CodePiece, Frame
@@ -186,6 +186,77 @@ def test_guesses(attach: Attach) -> None:
     linux.forget()
     found = [frame.address for frame in Stacks(linux).frames(registers)][2:]
     assert found == [guest.address(0x3012), guest.address(0x3019), guest.address(0x301D)]
+
+
+PROLOGUES = [
+    "55 48 89 e5",
+    "f3 0f 1e fa 55 48 89 e5",
+    "e8 00 00 00 00 55 48 89 e5",
+    "f3 0f 1e fa 0f 1f 44 00 00 55 48 89 e5",
+]
+
+
+class Framed:
+    """A guest whose kernel has no tables but keeps frame pointers, and whose first task has two callers."""
+
+    def __init__(self, attach: Attach, prologue: str = PROLOGUES[0]) -> None:
+        self.guest = FakeLinux()
+        self.linux = attach(self.guest)
+        self.stacks = Stacks(self.linux)
+        for name in _FUNCTIONS:
+            place = self.linux.profile.symbols.find(name)
+            if place is not None:
+                self.guest.write(place + self.linux.slide, bytes.fromhex(prologue))
+        self.guest.write(self.guest.address(0x3010), b"\xff\xd0")
+        registers = self.guest.registers(0)
+        self.rsp = registers["rsp"] & ~0x3FFF | 0x1000
+        self.registers = {**registers, "rsp": self.rsp, "rbp": self.rsp + 0x10}
+        for offset, word in (
+            (0x10, self.rsp + 0x30),
+            (0x18, self.guest.address(0x3005)),
+            (0x30, 0),
+            (0x38, self.guest.address(0x3012)),
+        ):
+            self.guest.u64(self.rsp + offset, word)
+
+    def frames(self) -> list[Frame]:
+        self.linux.forget()
+        return list(self.stacks.frames(self.registers))[1:]
+
+
+@pytest.mark.parametrize("prologue", PROLOGUES)
+def test_frame_pointers(attach: Attach, prologue: str) -> None:
+    framed = Framed(attach, prologue)
+    address, rsp = framed.guest.address, framed.rsp
+    assert framed.frames() == [Frame(address(0x3005), rsp + 0x20), Frame(address(0x3012), rsp + 0x40)]
+    assert framed.stacks.code_map().keeps_frame_pointers
+
+
+@pytest.mark.parametrize("prologue", ["55 48 89 e6", "48 89 e5 90", "90 55 48 89 e5"])
+def test_functions_that_keep_none(attach: Attach, prologue: str) -> None:
+    framed = Framed(attach, prologue)
+    assert framed.frames() and all(frame.is_guess for frame in framed.frames())
+    assert not framed.stacks.code_map().keeps_frame_pointers
+
+
+@pytest.mark.parametrize(
+    ("offset", "word", "count"),
+    [
+        (0x18, 0x3006, 0),  # behind no call
+        (0x18, None, 0),  # no code
+        (0x10, -8, 1),  # downwards
+        (0x10, 0x10, 1),  # to itself
+        (0x10, 0x34, 1),  # no place for a word
+        (0x10, 0x4000, 1),  # on another stack
+    ],
+)
+def test_frame_pointers_that_lie(attach: Attach, offset: int, word: int | None, count: int) -> None:
+    framed = Framed(attach)
+    lie = 0 if word is None else framed.guest.address(word) if offset == 0x18 else framed.rsp + word
+    framed.guest.u64(framed.rsp + offset, lie)
+    exact = [frame for frame in framed.frames() if not frame.is_guess]
+    assert len(exact) == count
+    assert count or any(frame.is_guess for frame in framed.frames())
 
 
 @pytest.mark.parametrize("rsp", [0, 8, 0x7FFF_FFFF_FFF8, 0xFFFF_8880_7000_0000, (1 << 64) - 8, 0xFFFF_8880_0060_0001])

@@ -1,13 +1,15 @@
 """Who called whom on a vCPU's kernel stack.
 
 Where the kernel has ORC tables (CONFIG_UNWINDER_ORC, every distribution's choice) the walk is the kernel's own and exact
-(Documentation/arch/x86/orc-unwinder.rst, struct orc_entry in arch/x86/include/asm/orc_types.h). Where it has none, or its walk
-comes to nothing, what is left is a guess: every word of the stack that points right behind a call instruction.
+(Documentation/arch/x86/orc-unwinder.rst, struct orc_entry in arch/x86/include/asm/orc_types.h). Where it has none but its
+functions keep frame pointers (CONFIG_UNWINDER_FRAME_POINTER), RBP leads from frame to frame. Where neither leads on, what is left
+is a guess: every word of the stack that points right behind a call instruction.
 """
 
 from __future__ import annotations
 
 import contextlib
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from vmexit.guest.linux.profile import ProfileError
 from vmexit.guest.linux.recipe import THREAD_SIZE, is_kernel_pointer
 from vmexit.guest.linux.running import Linux
 from vmexit.guest.memory import UnreadableError
-from vmexit.guest.scan import MOST_FRAMES, guesses
+from vmexit.guest.scan import MOST_FRAMES, guesses, is_behind_call
 from vmexit.guest.system import CodeMap, CodePiece, Frame
 
 _MOST_ENTRIES = 1 << 24
@@ -36,6 +38,10 @@ _KINDS: Mapping[int, Mapping[int, str]] = {
     2: {1: "end", 2: "call", 3: "regs", 4: "iret"},
 }
 _FUNCTIONS = ("schedule", "native_write_msr", "kmem_cache_alloc")
+# What a function begins with that keeps a frame pointer: push rbp; mov rbp, rsp. Before it ENDBR64 may stand, and a call or NOP
+# of 5 bytes for ftrace.
+_PROLOGUE = re.compile(rb"(\xf3\x0f\x1e\xfa)?(\xe8....|\x0f\x1f\x44\x00\x00)?\x55\x48\x89\xe5", re.DOTALL)
+_PROLOGUE_BYTES = 13
 _REGISTERS = {_DX: "rdx", _DI: "rdi", _R10: "r10", _R13: "r13"}
 
 # struct pt_regs: where registers lie in it; its last five words are what the processor itself has pushed.
@@ -90,7 +96,7 @@ class Stacks:
             try:
                 following = self._step(state)
             except (UnreadableError, ProfileError):
-                yield from self._guesses(state.sp)
+                yield from self._without_table(state)
                 return
             if following is None:
                 return
@@ -112,8 +118,46 @@ class Stacks:
                 table = self._module_table(module.address)
             pieces.append(CodePiece(module.base, module.base + module.size - 1, *(table or ())))
         if not numbers:
-            return CodeMap(tuple(CodePiece(piece.first, piece.last) for piece in pieces))
+            bare = tuple(CodePiece(piece.first, piece.last) for piece in pieces)
+            return CodeMap(bare, keeps_frame_pointers=self._keeps_frame_pointers())
         return CodeMap(tuple(pieces), numbers[_SP], numbers[_BP], call)
+
+    def _without_table(self, state: _State) -> Iterator[Frame]:
+        frames = self._by_frame_pointers(state.sp, state.bp) if self._keeps_frame_pointers() else iter(())
+        first = next(frames, None)
+        if first is None:
+            yield from self._guesses(state.sp)
+        else:
+            yield first
+            yield from frames
+
+    # ---- frame pointers ----
+
+    def _keeps_frame_pointers(self) -> bool:
+        """Whether all of some functions do that would."""
+        if self._table is not None:
+            return False
+        places = [place for name in _FUNCTIONS if (place := self._linux.profile.symbols.find(name)) is not None]
+        try:
+            return bool(places) and all(
+                _PROLOGUE.match(self._memory.read(place + self._linux.slide, _PROLOGUE_BYTES)) for place in places
+            )
+        except UnreadableError:
+            return False
+
+    def _by_frame_pointers(self, sp: int, bp: int) -> Iterator[Frame]:
+        """As far as each frame lies above the one before on the same stack and returns behind a call."""
+        for _ in range(MOST_FRAMES):
+            if bp % 8 or not sp <= bp or bp // THREAD_SIZE != sp // THREAD_SIZE:
+                return
+            try:
+                following, ip = self._memory.words(bp, 2)
+            except UnreadableError:
+                return
+            if not self._linux.is_code(ip) or not is_behind_call(self._memory, ip):
+                return
+            yield Frame(ip, bp + 16)
+            sp, bp = bp + 16, following
 
     # ---- ORC ----
 

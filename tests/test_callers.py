@@ -94,7 +94,7 @@ def test_without_tables_it_is_a_guess(tmp_path: Path) -> None:
 
 
 def test_in_files(tmp_path: Path) -> None:
-    """JSON, and a recording and what is made of it."""
+    """JSON, a trace, and a recording and what is made of it."""
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
 
     def run(*arguments: str) -> str:
@@ -105,11 +105,12 @@ def test_in_files(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    recording, objects, page = (str(tmp_path / name) for name in ("r", "objects", "page"))
+    recording, objects, page, trace = (str(tmp_path / name) for name in ("r", "objects", "page", "trace"))
     run(
         *("record", "-o", recording),
         *("-x", f"output create j jsonl {objects}", "-x", "output open j"),
-        *("-e", "!msrwrite 1a0 log output { j }", "-e", "!msrwrite 1a0 log"),
+        *("-x", f"output create p perfetto {trace}", "-x", "output open p"),
+        *("-e", "!msrwrite 1a0 log output { j , p }", "-e", "!msrwrite 1a0 log"),
         *("--", *linux_arguments(COMMANDS, vcpus=1)),
     )
     told = [json.loads(line) for line in Path(objects).read_text().splitlines()][-3:]
@@ -118,6 +119,9 @@ def test_in_files(tmp_path: Path) -> None:
         assert one["caller_symbol"].startswith("__wrmsr_safe_on_cpu+0x") and int(one["caller"], 16) >> 63 == 1
         assert "caller_guessed" not in one["flags"]
     origin = f"{told[0]['symbol']} <- {told[0]['caller_symbol']}"
+    traced = Path(trace).read_bytes()
+    assert traced.count(origin.encode()) >= 3
+    assert all(f"pid {one['pid']:x} ".encode() in traced for one in told)
     lines = [line for line in run("report", "--traps", recording).splitlines() if "  000001a0  " in line]
     assert len(lines) >= 6 and all(f"  {origin}  pid " in line for line in lines[-6:])
     run("report", recording, "--html", page)

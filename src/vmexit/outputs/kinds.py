@@ -92,7 +92,7 @@ def _perfetto(address: Sequence[str], machine: Machine) -> tuple[Sink, Encoder]:
     path = _file_path(address[0])
     if path.is_fifo():
         raise OutputError(f"{path} is a named pipe", 0, "a trace is a file")
-    encoder = PerfettoEncoder(machine.name, machine.pid)
+    encoder = PerfettoEncoder(machine.name, machine.pid, machine.names)
     return FileSink(path, encoder.beginning), encoder
 
 

@@ -9,10 +9,16 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
+from vmexit.link.wire import RecordFlag
 from vmexit.outputs.encoders import Names, RowEncoder, flag_names, has_place, has_value, what
 from vmexit.outputs.rows import Row
 from vmexit.trap import Trap
+
+if TYPE_CHECKING:
+    from vmexit.names import TrapNames
 
 # Trace, TracePacket
 _PACKET = 1
@@ -33,7 +39,7 @@ _ANNOTATION_NAME, _UINT, _STRING, _POINTER = 1, 3, 6, 7
 _EVENT_NAMES, _ANNOTATION_NAMES = 2, 3
 _IID, _INTERNED_NAME = 1, 2
 
-_ARGUMENTS = ("MSR", "name", "value", "RIP", "stage", "event", "sequence", "text", "flags", "fault")
+_ARGUMENTS = ("MSR", "name", "value", "RIP", "stage", "event", "sequence", "text", "flags", "fault", "place", "thread")
 _ARGUMENT_IIDS = {name: number for number, name in enumerate(_ARGUMENTS, 1)}
 _SHORT = 0x80
 
@@ -71,9 +77,10 @@ def _text(field: int, text: str) -> bytes:
 class PerfettoEncoder(RowEncoder):
     """An instant on its core's track for each trap; MSR, value and all else as arguments."""
 
-    def __init__(self, machine: str, pid: int) -> None:
-        """``machine``: what the tracks stand below; ``pid``: of its VMM."""
+    def __init__(self, machine: str, pid: int, names: TrapNames | None = None) -> None:
+        """``machine``: what the tracks stand below; ``pid``: of its VMM; ``names``: of places and threads, if there are any."""
         super().__init__()
+        self._trap_names = names
         self._names: Names[str | None] = Names(lambda name: name)
         self._alike: dict[tuple[int, ...], bytes] = {}
         """What all traps of a core, access, stage, MSR and event have in common."""
@@ -138,6 +145,7 @@ class PerfettoEncoder(RowEncoder):
             parts.append(self._hexadecimal("value", trap.value))
         if has_place(trap):
             parts.append(self._hexadecimal("RIP", trap.rip))
+        parts += self._origin(trap)
         parts.append(_message(_ANNOTATIONS, self._keys["sequence"], _number(_UINT, trap.sequence)))
         if row.text:
             parts.append(self._words("text", row.text.decode("utf-8", "replace")))
@@ -148,6 +156,15 @@ class PerfettoEncoder(RowEncoder):
         event = _message(_TRACK_EVENT, *parts)
         time_part = _number(_TIMESTAMP, trap.time_ns + self._ahead_ns)
         return before + _message(_PACKET, time_part, event, interned, self._after)
+
+    def _origin(self, trap: Trap) -> Iterator[bytes]:
+        """Where it is and what called it, and which thread executes it, as far as that is known."""
+        if self._trap_names is None:
+            return
+        if place := self._trap_names.origin(trap):
+            yield self._words("place", place)
+        if trap.flags & RecordFlag.PROCESS_KNOWN:
+            yield self._words("thread", self._trap_names.thread(trap.pid, trap.tid))
 
     def _meet(self, trap: Trap) -> tuple[bytes, bytes, bytes]:
         """Of the first trap of its like: the packets that come before it, what its packet brings along, what all of them hold."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -240,19 +241,19 @@ class TestNothingIsLeft:
 
     @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
     def test_ended_by_a_signal(self, how: signal.Signals) -> None:
-        process = watching_host()
-        assert instances_of(process.pid)
-        process.send_signal(how)
-        _, complaint = process.communicate(timeout=_PATIENCE_S)
-        assert instances_of(process.pid) == set()
-        assert "Traceback" not in complaint
+        with watching_host() as process:
+            assert instances_of(process.pid)
+            process.send_signal(how)
+            _, complaint = process.communicate(timeout=_PATIENCE_S)
+            assert instances_of(process.pid) == set()
+            assert "Traceback" not in complaint
 
     def test_killed(self) -> None:
-        process = watching_host()
-        (left,) = instances_of(process.pid)
-        process.kill()
-        process.communicate(timeout=_PATIENCE_S)
-        assert process.returncode == -signal.SIGKILL
+        with watching_host() as process:
+            (left,) = instances_of(process.pid)
+            process.kill()
+            process.communicate(timeout=_PATIENCE_S)
+            assert process.returncode == -signal.SIGKILL
         Instance([("msr", "write_msr")]).close()  # a later start
         assert left not in instances()
 
@@ -300,17 +301,23 @@ def test_a_session_from_a_pipe() -> None:
     assert done.stderr.startswith("reading registers is not possible here: a tracepoint only tells")
 
 
-def watching_host() -> subprocess.Popen[str]:
-    """A vmexit that looks at this host without end."""
+@contextlib.contextmanager
+def watching_host() -> Iterator[subprocess.Popen[str]]:
+    """A vmexit that looks at this host, until the test ends it, or at last here."""
     need_tracing("msr", "write_msr")
     command = [sys.executable, "-m", "vmexit", "host", "--batch", "-x", "!msrwrite 10 log"]
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    said = process.stdout.readline()
-    if not said.startswith("event 0 prints each wrmsr of 10 "):
-        process.kill()
-        pytest.fail(f"it said {said!r} and {process.communicate()[1]!r}")
-    return process
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            said = process.stdout.readline()
+            if not said.startswith("event 0 prints each wrmsr of 10 "):
+                process.kill()
+                pytest.fail(f"it said {said!r} and {process.communicate()[1]!r}")
+            yield process
+        finally:
+            process.kill()
 
 
 @pytest.fixture

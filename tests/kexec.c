@@ -1,19 +1,9 @@
 /* kexec KERNEL COMMAND-LINE: goes over to another kernel, without its firmware's help. Needs no library. */
+#include "syscall.h"
+
 #define O_RDONLY 0
 enum { OPEN = 2, EXIT = 60, REBOOT = 169, KEXEC_FILE_LOAD = 320 };
 enum { NO_INITRAMFS = 4 };
-
-static long call(long number, long a, long b, long c, long d, long e)
-{
-    long result;
-    register long r10 __asm__("r10") = d;
-    register long r8 __asm__("r8") = e;
-    __asm__ volatile("syscall"
-                     : "=a"(result)
-                     : "a"(number), "D"(a), "S"(b), "d"(c), "r"(r10), "r"(r8)
-                     : "rcx", "r11", "memory");
-    return result;
-}
 
 __attribute__((used, noreturn)) static void start(long *stack)
 {

@@ -10,6 +10,8 @@
  *
  * A value is KIND (1 to 4) << 44 | PID << 30 | TID << 16 | ROUND, which is an address of the lower half.
  */
+#include "syscall.h"
+
 enum { OPEN = 2, WRITE = 1, PWRITE64 = 18, SCHED_YIELD = 24, GETPID = 39, CLONE = 56, FORK = 57, EXIT = 60, WAIT4 = 61 };
 enum { KILL = 62, PTRACE = 101, PRCTL = 157, ARCH_PRCTL = 158, GETTID = 186, SCHED_SETAFFINITY = 203, EXIT_GROUP = 231 };
 enum { PERF_EVENT_OPEN = 298 };
@@ -25,18 +27,6 @@ typedef unsigned long u64;
 static long rounds, cpu;
 static volatile int finished;
 static char second_stack[16384] __attribute__((aligned(16)));
-
-static long call(long number, long a, long b, long c, long d, long e)
-{
-    long result;
-    register long r10 __asm__("r10") = d;
-    register long r8 __asm__("r8") = e;
-    __asm__ volatile("syscall"
-                     : "=a"(result)
-                     : "a"(number), "D"(a), "S"(b), "d"(c), "r"(r10), "r"(r8)
-                     : "rcx", "r11", "memory");
-    return result;
-}
 
 #define CALL1(number, a) call(number, (long)(a), 0, 0, 0, 0)
 #define CALL2(number, a, b) call(number, (long)(a), (long)(b), 0, 0, 0)

@@ -299,13 +299,17 @@ static int set_register(unsigned vcpu, unsigned number, uint64_t value)
     return VMEXIT_OK;
 }
 
+static struct cpu *reachable_with_memory(unsigned vcpu, int *status)
+{
+    *status = VMEXIT_UNAVAILABLE;
+    return state_has_memory() ? reachable(vcpu, status) : NULL;
+}
+
 static int access_memory(unsigned vcpu, bool physical, bool write, uint64_t address, void *bytes, uint32_t length)
 {
     int status;
     struct paging paging;
-    if (!state_has_memory())
-        return VMEXIT_UNAVAILABLE;
-    struct cpu *cpu = reachable(vcpu, &status);
+    struct cpu *cpu = reachable_with_memory(vcpu, &status);
     if (cpu == NULL)
         return status;
     if (physical)
@@ -329,9 +333,7 @@ static int translate(unsigned vcpu, bool to_virtual, uint64_t address, uint64_t 
 {
     int status;
     struct paging paging;
-    if (!state_has_memory())
-        return VMEXIT_UNAVAILABLE;
-    struct cpu *cpu = reachable(vcpu, &status);
+    struct cpu *cpu = reachable_with_memory(vcpu, &status);
     if (cpu == NULL)
         return status;
     bool done = state_get_paging(cpu, &paging) && (to_virtual ? paging_find(&paging, address, PAGING_MANY_TABLES, translated)
